@@ -1,0 +1,131 @@
+//! One operation, from its deadline's stamp to its end.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use tokio::runtime::Handle;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tower::Service;
+
+use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::executor::{Spawner, no_runtime};
+use crate::request::Request;
+use crate::response::Response;
+
+pin_project! {
+    /// Drives a service under a deadline that covers waiting for its readiness too.
+    ///
+    /// The timer is the caller's own, in the caller's runtime, so that no layer and no blocked I/O
+    /// thread can hold the caller past its deadline. It is made only when the first poll has to
+    /// wait.
+    #[must_use = "futures do nothing unless polled"]
+    pub(crate) struct Call<'a, S>
+    where
+        S: Service<Request>,
+    {
+        #[pin]
+        step: Step<S>,
+        deadline: Instant,
+        spawner: Option<&'a Spawner>,
+        #[pin]
+        timer: Option<Sleep>,
+    }
+}
+
+pin_project! {
+    #[project = StepProjection]
+    #[project_replace = StepReplacement]
+    enum Step<S>
+    where
+        S: Service<Request>,
+    {
+        Waiting { service: S, request: Request },
+        Called { #[pin] future: S::Future },
+        Done,
+    }
+}
+
+impl<'a, S: Service<Request>> Call<'a, S> {
+    pub(crate) fn new(
+        service: S,
+        request: Request,
+        timeout: Duration,
+        spawner: Option<&'a Spawner>,
+    ) -> Self {
+        let latest = Instant::now() + timeout;
+        let request = request.with_deadline(latest);
+        Self {
+            deadline: request.deadline().unwrap_or(latest),
+            step: Step::Waiting { service, request },
+            spawner,
+            timer: None,
+        }
+    }
+}
+
+impl<S> Future for Call<'_, S>
+where
+    S: Service<Request, Response = Response>,
+    S::Error: Into<BoxError>,
+{
+    type Output = Result<Response>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let mut this = self.project();
+        // The service before the timer: at the deadline it may know more than that it has passed
+        // (the node, whether it was sent, half of a multi-key read).
+        let mut sent = Sent::Maybe;
+        let polled = loop {
+            match this.step.as_mut().project() {
+                StepProjection::Waiting { service, .. } => {
+                    match service.poll_ready(cx) {
+                        Poll::Ready(Ok(())) => {}
+                        Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+                        Poll::Pending => {
+                            sent = Sent::No;
+                            break Poll::Pending;
+                        }
+                    }
+                    let StepReplacement::Waiting {
+                        mut service,
+                        request,
+                    } = this.step.as_mut().project_replace(Step::Done)
+                    else {
+                        unreachable!("matched above");
+                    };
+                    let future = service.call(request);
+                    this.step.set(Step::Called { future });
+                }
+                StepProjection::Called { future } => break future.poll(cx),
+                StepProjection::Done => panic!("polled after completion"),
+            }
+        };
+        let outcome = match polled {
+            Poll::Ready(outcome) => outcome.map_err(|error| Error::from_boxed(error.into())),
+            Poll::Pending => {
+                if this.timer.is_none() {
+                    let timer = timer(*this.spawner, *this.deadline)?;
+                    this.timer.set(Some(timer));
+                }
+                if let Some(timer) = this.timer.as_mut().as_pin_mut() {
+                    ready!(timer.poll(cx));
+                }
+                let message = "the operation's deadline has passed";
+                Err(Error::new(ErrorKind::Timeout, message).with_sent(sent))
+            }
+        };
+        this.step.set(Step::Done);
+        Poll::Ready(outcome)
+    }
+}
+
+pub(crate) fn timer(spawner: Option<&Spawner>, deadline: Instant) -> Result<Sleep> {
+    match spawner {
+        Some(spawner) => spawner.sleep_until(deadline),
+        None if Handle::try_current().is_ok() => Ok(sleep_until(deadline)),
+        None => Err(no_runtime()),
+    }
+}

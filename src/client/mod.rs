@@ -1,0 +1,241 @@
+//! The typed façade over a stack of layers.
+//!
+//! A [`Client`] turns each operation into a [`Request`], stamps its deadline on it, drives the
+//! service to its end or to the deadline, and turns the [`Response`] back (`operations.rs`).
+//! [`ClientBuilder`] puts the default stack together (`builder.rs`).
+
+mod builder;
+mod call;
+mod multi_get;
+mod operations;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tower::util::BoxCloneSyncService;
+use tower::{Layer, Service, ServiceExt as _};
+
+pub use builder::ClientBuilder;
+pub(crate) use call::Call;
+pub use multi_get::{MultiGet, Outcome};
+
+use crate::cluster::{Cluster, Control, NodeSpec};
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::executor::Spawner;
+use crate::node::NodeStatus;
+use crate::read_through::Flights;
+use crate::request::Request;
+use crate::response::Response;
+use crate::transport::Pipelined;
+
+/// The stack that [`ClientBuilder::build`] makes when no layers are added.
+pub type DefaultService = Cluster<Pipelined>;
+
+/// The service of a [`Client::boxed`].
+pub type BoxedService = BoxCloneSyncService<Request, Response, BoxError>;
+
+/// A memcached client.
+///
+/// `Clone + Send + Sync` and cheap to clone; clones share connections, breakers and single
+/// flights. Everything stops when the last clone is dropped: tasks, threads and sockets.
+///
+/// # Deadlines
+/// Every operation ends within [`ClientBuilder::timeout`], whatever the network, the servers or a
+/// layer do; [`get_or_load`](Self::get_or_load) may take its load timeout longer.
+///
+/// # Cancel safety
+/// Every operation may be dropped at any await point: nothing leaks, and the connection stays in
+/// step. A write that was dropped may or may not have been executed.
+///
+/// # Errors
+/// [`Error::kind`] and [`Error::sent`] tell what to do next. A miss is not an error.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), tower_memcached::Error> {
+/// use tower_memcached::{Client, Ttl};
+///
+/// let client = Client::builder().nodes(["10.0.0.1:11211", "10.0.0.2"]).build()?;
+/// client.set("greeting", "hello", Ttl::secs(60)).await?;
+/// assert_eq!(client.get("greeting").await?.as_deref(), Some(&b"hello"[..]));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Client<S = DefaultService> {
+    service: S,
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    timeout: Duration,
+    load_timeout: Duration,
+    spawner: Option<Spawner>,
+    cluster: Option<Arc<dyn Control>>,
+    flights: Flights,
+}
+
+impl Client {
+    /// Starts the configuration of a client.
+    #[must_use]
+    pub fn builder() -> ClientBuilder {
+        ClientBuilder::new()
+    }
+}
+
+impl<S> Client<S> {
+    /// A client over a stack built by hand. Its [`nodes`](Self::nodes) are none, and the timeout
+    /// is 100 ms unless changed ([`with_timeout`](Self::with_timeout)).
+    pub fn from_service(service: S) -> Self {
+        Self::assemble(service, Shared::default())
+    }
+
+    pub(crate) fn assemble(service: S, shared: Shared) -> Self {
+        Self {
+            service,
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// The same client with another timeout for each operation; the connections are shared.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`] if it is zero.
+    pub fn with_timeout(self, timeout: Duration) -> Result<Self> {
+        if timeout.is_zero() {
+            return Err(Error::configuration("the timeout is zero"));
+        }
+        let shared = Shared {
+            timeout,
+            load_timeout: self.shared.load_timeout,
+            spawner: self.shared.spawner.clone(),
+            cluster: self.shared.cluster.clone(),
+            flights: self.shared.flights.clone(),
+        };
+        Ok(Self::assemble(self.service, shared))
+    }
+
+    /// The same client with a layer around it, such as a functional group
+    /// ([`GroupLayer`](crate::GroupLayer)); the connections are shared.
+    pub fn layer<L>(&self, layer: L) -> Client<L::Service>
+    where
+        L: Layer<S>,
+        S: Clone,
+    {
+        Client {
+            service: layer.layer(self.service.clone()),
+            shared: self.shared.clone(),
+        }
+    }
+
+    /// The same client with a type that can be named whatever its layers are, for one allocation
+    /// a call.
+    pub fn boxed(&self) -> Client<BoxedService>
+    where
+        S: Service<Request, Response = Response> + Clone + Send + Sync + 'static,
+        S::Error: Into<BoxError>,
+        S::Future: Send,
+    {
+        let service = self.service.clone().map_err(Into::into);
+        Client {
+            service: BoxCloneSyncService::new(service),
+            shared: self.shared.clone(),
+        }
+    }
+
+    /// What the client believes of each of its nodes; none for a client made
+    /// [`from_service`](Self::from_service).
+    #[must_use]
+    pub fn nodes(&self) -> Vec<NodeStatus> {
+        let cluster = self.shared.cluster.as_ref();
+        cluster.map_or_else(Vec::new, |cluster| cluster.nodes())
+    }
+
+    /// Replaces the nodes, at once for all clones. A node that stays keeps its connections and
+    /// its breaker; requests under way end where they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`] if an address is none, there are no nodes or one is
+    /// there twice, or the client was made [`from_service`](Self::from_service).
+    pub fn set_nodes<I>(&self, nodes: I) -> Result<()>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<str>,
+    {
+        let specs = nodes.into_iter().map(|node| NodeSpec::new(node.as_ref()));
+        self.set_node_specs(specs.collect::<Result<_>>()?)
+    }
+
+    /// [`set_nodes`](Self::set_nodes) with weights.
+    ///
+    /// # Errors
+    /// As for `set_nodes`.
+    pub fn set_node_specs(&self, specs: Vec<NodeSpec>) -> Result<()> {
+        match &self.shared.cluster {
+            Some(cluster) => cluster.set_nodes(specs),
+            None => Err(Error::configuration("this client's service has no nodes")),
+        }
+    }
+
+    /// Takes no new requests, waits up to `drain` for those under way, and closes every
+    /// connection. Requests then fail with [`ErrorKind::Shutdown`]; so do those of every clone.
+    /// Does nothing for a client made [`from_service`](Self::from_service), whose service is the
+    /// user's.
+    pub async fn shutdown(&self, drain: Duration) {
+        if let Some(cluster) = &self.shared.cluster {
+            cluster.shutdown(drain).await;
+        }
+    }
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_millis(100),
+            load_timeout: Duration::from_secs(1),
+            spawner: None,
+            cluster: None,
+            flights: Flights::default(),
+        }
+    }
+}
+
+impl<S> Client<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    /// Sends any [`Request`], under this client's deadline or the request's own, if that is
+    /// earlier.
+    ///
+    /// # Errors
+    /// As the operation's; [`ErrorKind::Timeout`] at the deadline.
+    pub async fn call(&self, request: Request) -> Result<Response> {
+        self.send(request).await
+    }
+
+    fn send(&self, request: Request) -> Call<'_, S> {
+        let shared = &*self.shared;
+        Call::new(
+            self.service.clone(),
+            request,
+            shared.timeout,
+            shared.spawner.as_ref(),
+        )
+    }
+}
+
+impl<S> fmt::Debug for Client<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("timeout", &self.shared.timeout)
+            .field("nodes", &self.nodes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A layer gave an answer to another question.
+fn misfit(response: &Response) -> Error {
+    let message = format!("a layer's response does not fit the operation: {response:?}");
+    Error::new(ErrorKind::Layer, message)
+}

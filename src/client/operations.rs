@@ -1,0 +1,379 @@
+//! The operations: each makes a request and takes its response apart.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use tower::Service;
+
+use super::{Client, MultiGet, misfit};
+use crate::error::{BoxError, Result};
+use crate::key::{IntoKey, Key};
+use crate::read_through;
+use crate::request::{Direction, Operation, Request, StoreMode};
+use crate::response::{CasOutcome, NodeResult, Response};
+use crate::ttl::Ttl;
+use crate::value::{CasToken, Payload, Value};
+
+impl<S> Client<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    async fn ask(&self, operation: Operation) -> Result<Response> {
+        self.send(Request::new(operation)).await
+    }
+
+    /// Reads a value; `None` is a miss.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey) before anything is sent; otherwise
+    /// see [`ErrorKind`](crate::ErrorKind). This holds for every operation.
+    pub async fn get(&self, key: impl IntoKey) -> Result<Option<Value>> {
+        self.read(key, false).await
+    }
+
+    /// Reads a value with its CAS token ([`Value::cas`]).
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub async fn gets(&self, key: impl IntoKey) -> Result<Option<Value>> {
+        self.read(key, true).await
+    }
+
+    async fn read(&self, key: impl IntoKey, with_cas: bool) -> Result<Option<Value>> {
+        let key = key.into_key()?;
+        match self.ask(Operation::Get { key, with_cas }).await? {
+            Response::Value(value) => Ok(value),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Reads many values, each node's in one batch. Every key has its own outcome: a node that is
+    /// out makes errors of its own keys (or, with redistribute, misses at the next node), and an
+    /// invalid key is that key's error.
+    pub async fn get_many<I>(&self, keys: I) -> MultiGet
+    where
+        I: IntoIterator,
+        I::Item: IntoKey,
+    {
+        let parsed: Vec<Result<Key>> = keys.into_iter().map(IntoKey::into_key).collect();
+        let valid: Arc<[Key]> = parsed.iter().flatten().cloned().collect();
+        let asked = valid.len();
+        let operation = Operation::GetMany { keys: valid };
+        let answer = match asked {
+            0 => Ok(Vec::new()),
+            _ => match self.ask(operation).await {
+                Ok(Response::Values(values)) if values.len() == asked => Ok(values),
+                Ok(other) => Err(misfit(&other)),
+                Err(error) => Err(error),
+            },
+        };
+        let mut answers = match answer {
+            Ok(values) => values,
+            Err(error) => vec![Err(error); asked],
+        }
+        .into_iter();
+        let mut outcomes = Vec::with_capacity(parsed.len());
+        let mut keys = Vec::with_capacity(parsed.len());
+        for key in parsed {
+            match key {
+                Ok(key) => {
+                    keys.push(Some(key));
+                    outcomes.extend(answers.next().map(Into::into));
+                }
+                Err(error) => {
+                    keys.push(None);
+                    outcomes.push(Err(error).into());
+                }
+            }
+        }
+        MultiGet::new(keys, outcomes)
+    }
+
+    /// Reads a value and gives it a new TTL.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub async fn get_and_touch(&self, key: impl IntoKey, ttl: Ttl) -> Result<Option<Value>> {
+        let key = key.into_key()?;
+        match self.ask(Operation::GetAndTouch { key, ttl }).await? {
+            Response::Value(value) => Ok(value),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Writes a value, whatever is there.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get);
+    /// [`ErrorKind::ValueTooLarge`](crate::ErrorKind::ValueTooLarge) before anything is sent if it
+    /// is over the client's limit. If it is over the server's, the server has deleted the old
+    /// value.
+    pub async fn set(
+        &self,
+        key: impl IntoKey,
+        value: impl Into<Payload>,
+        ttl: Ttl,
+    ) -> Result<()> {
+        self.store(StoreMode::Set, key, value.into(), ttl).await?;
+        Ok(())
+    }
+
+    /// Writes a value where none is; says whether it was stored.
+    ///
+    /// # Errors
+    /// As for [`set`](Self::set). Never repeated when it may have been sent.
+    pub async fn add(
+        &self,
+        key: impl IntoKey,
+        value: impl Into<Payload>,
+        ttl: Ttl,
+    ) -> Result<bool> {
+        self.store(StoreMode::Add, key, value.into(), ttl).await
+    }
+
+    /// Writes a value where one is; says whether it was stored.
+    ///
+    /// # Errors
+    /// As for [`set`](Self::set).
+    pub async fn replace(
+        &self,
+        key: impl IntoKey,
+        value: impl Into<Payload>,
+        ttl: Ttl,
+    ) -> Result<bool> {
+        self.store(StoreMode::Replace, key, value.into(), ttl).await
+    }
+
+    /// Puts bytes behind a value that is there, whose flags and TTL stay; says whether one was.
+    ///
+    /// # Errors
+    /// As for [`set`](Self::set). Never repeated when it may have been sent, and never moved.
+    pub async fn append(&self, key: impl IntoKey, value: impl Into<Payload>) -> Result<bool> {
+        self.store(StoreMode::Append, key, value.into(), Ttl::NEVER)
+            .await
+    }
+
+    /// Puts bytes before a value that is there, whose flags and TTL stay; says whether one was.
+    ///
+    /// # Errors
+    /// As for [`append`](Self::append).
+    pub async fn prepend(&self, key: impl IntoKey, value: impl Into<Payload>) -> Result<bool> {
+        self.store(StoreMode::Prepend, key, value.into(), Ttl::NEVER)
+            .await
+    }
+
+    async fn store(
+        &self,
+        mode: StoreMode,
+        key: impl IntoKey,
+        payload: Payload,
+        ttl: Ttl,
+    ) -> Result<bool> {
+        let operation = Operation::Store {
+            mode,
+            key: key.into_key()?,
+            payload,
+            ttl,
+        };
+        match self.ask(operation).await? {
+            Response::Stored(stored) => Ok(stored),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Writes a value if the one there is still the one that `token` was read with. A token from
+    /// another node, or from before its connections were made anew, is answered
+    /// [`CasOutcome::Exists`] without being sent (see [`CasToken`]).
+    ///
+    /// # Errors
+    /// As for [`set`](Self::set). Never repeated when it may have been sent, and never moved.
+    pub async fn cas(
+        &self,
+        key: impl IntoKey,
+        value: impl Into<Payload>,
+        ttl: Ttl,
+        token: CasToken,
+    ) -> Result<CasOutcome> {
+        let operation = Operation::CompareAndSwap {
+            key: key.into_key()?,
+            payload: value.into(),
+            ttl,
+            token,
+        };
+        match self.ask(operation).await? {
+            Response::Swapped(outcome) => Ok(outcome),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Removes a value; says whether there was one.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub async fn delete(&self, key: impl IntoKey) -> Result<bool> {
+        let key = key.into_key()?;
+        match self.ask(Operation::Delete { key }).await? {
+            Response::Deleted(deleted) => Ok(deleted),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Gives a value a new TTL; says whether there is one.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    pub async fn touch(&self, key: impl IntoKey, ttl: Ttl) -> Result<bool> {
+        let key = key.into_key()?;
+        match self.ask(Operation::Touch { key, ttl }).await? {
+            Response::Touched(touched) => Ok(touched),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Adds to a decimal number, wrapping at 2^64, and says what it is now; `None` is a miss.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get); [`ErrorKind::NotANumber`](crate::ErrorKind::NotANumber) if the
+    /// value is none. Never repeated when it may have been sent, and never moved.
+    pub async fn increment(&self, key: impl IntoKey, delta: u64) -> Result<Option<u64>> {
+        self.count(key, delta, Direction::Up).await
+    }
+
+    /// Subtracts from a decimal number, stopping at 0, and says what it is now; `None` is a miss.
+    ///
+    /// # Errors
+    /// As for [`increment`](Self::increment).
+    pub async fn decrement(&self, key: impl IntoKey, delta: u64) -> Result<Option<u64>> {
+        self.count(key, delta, Direction::Down).await
+    }
+
+    async fn count(
+        &self,
+        key: impl IntoKey,
+        delta: u64,
+        direction: Direction,
+    ) -> Result<Option<u64>> {
+        let operation = Operation::Arithmetic {
+            key: key.into_key()?,
+            delta,
+            direction,
+        };
+        match self.ask(operation).await? {
+            Response::Counter(number) => Ok(number),
+            other => Err(misfit(&other)),
+        }
+    }
+
+    /// Reads a value, or loads it and puts it into the cache: see
+    /// [`read_through`](crate::read_through).
+    ///
+    /// The loader runs on this task and may borrow. Of all callers of this client that miss on a
+    /// key at once, one loads and the others share its value, or its error; if the one that loads
+    /// is dropped or runs out of time, another takes over. A cache that fails is treated like a
+    /// miss: the loader is asked. `Ok(None)` from the loader is not cached.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Load`](crate::ErrorKind::Load) if the loader fails (its error is the
+    /// [`source`](std::error::Error::source)), panics, or takes longer than
+    /// [`load_timeout`](super::ClientBuilder::load_timeout);
+    /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey).
+    ///
+    /// # Cancel safety
+    /// Dropping it drops the loader if it is this caller's that runs; a waiter runs its own then.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tower_memcached::Client) -> Result<(), tower_memcached::Error> {
+    /// use tower_memcached::Ttl;
+    ///
+    /// let user = client
+    ///     .get_or_load("user:42", Ttl::secs(300), || async {
+    ///         Ok::<_, std::io::Error>(Some("from the database"))
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get_or_load<F, Fut, V, E>(
+        &self,
+        key: impl IntoKey,
+        ttl: Ttl,
+        loader: F,
+    ) -> Result<Option<Value>>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Option<V>, E>>,
+        V: Into<Payload>,
+        E: Into<BoxError>,
+    {
+        let key = key.into_key()?;
+        let cached = self.get(&key).await;
+        if let Some(answer) = read_through::settled(cached) {
+            return answer;
+        }
+        let load = async {
+            let loaded = loader().await;
+            loaded.map(|value| value.map(Into::into)).map_err(Into::into)
+        };
+        let refill = |payload: Payload| self.set(&key, payload, ttl);
+        let shared = &*self.shared;
+        shared
+            .flights
+            .load(&key, shared.load_timeout, load, refill)
+            .await
+    }
+
+    /// Each node's version.
+    ///
+    /// # Errors
+    /// Those of the whole request; a node's own are in its [`NodeResult`].
+    pub async fn version(&self) -> Result<Vec<NodeResult<String>>> {
+        self.ask_every(Operation::Version, |response| match response {
+            Response::Version(version) => Ok(version),
+            other => Err(misfit(&other)),
+        })
+        .await
+    }
+
+    /// Removes everything from each node, all functional groups' keys included.
+    ///
+    /// # Errors
+    /// Those of the whole request; a node's own are in its [`NodeResult`]. A node whose breaker is
+    /// open is not flushed, and says so.
+    pub async fn flush_all(&self) -> Result<Vec<NodeResult<()>>> {
+        self.ask_every(Operation::FlushAll, |response| match response {
+            Response::Flushed => Ok(()),
+            other => Err(misfit(&other)),
+        })
+        .await
+    }
+
+    /// Each node's counters, by name.
+    ///
+    /// # Errors
+    /// Those of the whole request; a node's own are in its [`NodeResult`].
+    pub async fn stats(&self) -> Result<Vec<NodeResult<BTreeMap<String, String>>>> {
+        self.ask_every(Operation::Stats, |response| match response {
+            Response::Stats(stats) => Ok(stats),
+            other => Err(misfit(&other)),
+        })
+        .await
+    }
+
+    async fn ask_every<T>(
+        &self,
+        operation: Operation,
+        take: impl Fn(Response) -> Result<T>,
+    ) -> Result<Vec<NodeResult<T>>> {
+        let answers = match self.ask(operation).await? {
+            Response::Nodes(answers) => answers,
+            // A hand-built stack may end in a single node.
+            other => vec![NodeResult::new(Arc::from("service"), Ok(other))],
+        };
+        let taken = answers
+            .into_iter()
+            .map(|answer| NodeResult::new(answer.node, answer.result.and_then(&take)));
+        Ok(taken.collect())
+    }
+}

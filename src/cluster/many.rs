@@ -1,0 +1,264 @@
+//! Requests that go to several nodes at once.
+//!
+//! A multi-key read is one batch for each node that its keys belong to. A batch that fails is
+//! judged like any request, and what is to be tried again is batched anew by where each key goes
+//! now. Its outcome is partial by design: each key has its own.
+
+use std::future::Future as _;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::time::Instant;
+use tower::Service;
+
+use super::route::Attempt;
+use super::{After, Shared, Tries};
+use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::key::Key;
+use crate::node::Node;
+use crate::request::{Operation, Origin, Request};
+use crate::response::{NodeResult, Response};
+use crate::value::Value;
+
+/// The most keys in one batch: what a node answers in one go, before others get their turn.
+const BATCH: usize = 128;
+
+/// A multi-key read under way. Boxed whole: its parts are many.
+pub(super) struct Many<S: Service<Request>> {
+    shared: Arc<Shared<S>>,
+    keys: Arc<[Key]>,
+    deadline: Option<Instant>,
+    outcomes: Vec<Option<Result<Option<Value>>>>,
+    batches: Vec<Batch<S>>,
+}
+
+struct Batch<S: Service<Request>> {
+    /// Which of the keys.
+    indexes: Vec<usize>,
+    tries: Tries,
+    attempt: Pin<Box<Attempt<S>>>,
+}
+
+/// Keys on their way to one node.
+struct Group<S> {
+    node: Node<S>,
+    origin: Origin,
+    indexes: Vec<usize>,
+}
+
+impl<S: Service<Request> + Clone> Many<S> {
+    pub(super) fn new(shared: &Arc<Shared<S>>, request: Request) -> Self {
+        let deadline = request.deadline();
+        let keys = match request.into_operation() {
+            Operation::GetMany { keys } => keys,
+            _ => Arc::default(),
+        };
+        let mut many = Self {
+            shared: shared.clone(),
+            outcomes: vec![None; keys.len()],
+            keys,
+            deadline,
+            batches: Vec::new(),
+        };
+        let all = 0..many.keys.len();
+        many.send(all.collect(), &Tries::default(), None);
+        many
+    }
+
+    /// The part of the request that is about these keys.
+    fn part(&self, indexes: &[usize]) -> Request {
+        let keys = match indexes.len() == self.keys.len() {
+            true => self.keys.clone(),
+            false => indexes.iter().map(|&index| self.keys[index].clone()).collect(),
+        };
+        let request = Request::new(Operation::GetMany { keys });
+        match self.deadline {
+            Some(deadline) => request.with_deadline(deadline),
+            None => request,
+        }
+    }
+
+    /// Sends keys to where they go: to their homes, or after a failure to where `after` says.
+    fn send(&mut self, indexes: Vec<usize>, tries: &Tries, after: Option<(After, Error)>) {
+        let mut groups: Vec<Group<S>> = Vec::new();
+        for index in indexes {
+            let key = &self.keys[index];
+            let place = |node: &Node<S>, origin| {
+                let id = node.shared().id();
+                let has_room = |group: &&mut Group<S>| {
+                    group.node.shared().id() == id
+                        && group.origin == origin
+                        && group.indexes.len() < BATCH
+                };
+                match groups.iter_mut().find(has_room) {
+                    Some(group) => group.indexes.push(index),
+                    None => groups.push(Group {
+                        node: node.clone(),
+                        origin,
+                        indexes: vec![index],
+                    }),
+                }
+            };
+            let placed = match &after {
+                None | Some((After::Repeat(_), _)) => Some(self.shared.first(key, true, place)),
+                Some((After::Move, _)) => self.shared.next(key, tries, place),
+                Some((After::GiveUp, _)) => None,
+            };
+            if placed.is_none() {
+                self.outcomes[index] = after.as_ref().map(|(_, error)| Err(error.clone()));
+            }
+        }
+        let mut wait = None;
+        if let Some((After::Repeat(delay), _)) = &after {
+            wait = Some(self.shared.wake_at(*delay, self.deadline));
+        }
+        for Group {
+            node,
+            origin,
+            indexes,
+        } in groups
+        {
+            let request = self.part(&indexes).with_origin(origin);
+            let attempt = match wait.map(|due| self.shared.spawner.sleep_until(due)) {
+                None => Attempt::new(&node, request),
+                Some(Ok(wait)) => Attempt::after(wait, &node, request),
+                Some(Err(error)) => {
+                    for index in indexes {
+                        self.outcomes[index] = Some(Err(error.clone()));
+                    }
+                    continue;
+                }
+            };
+            self.batches.push(Batch {
+                indexes,
+                tries: tries.clone(),
+                attempt: Box::pin(attempt),
+            });
+        }
+    }
+}
+
+impl<S> Many<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Response> {
+        let mut index = 0;
+        // Batches that take a failed one's keys are pushed behind, and polled in the same pass.
+        while index < self.batches.len() {
+            match self.batches[index].attempt.as_mut().poll(cx) {
+                Poll::Pending => index += 1,
+                Poll::Ready(outcome) => {
+                    let batch = self.batches.swap_remove(index);
+                    self.ended(batch, outcome);
+                }
+            }
+        }
+        if !self.batches.is_empty() {
+            let now = Instant::now();
+            if self.deadline.is_none_or(|deadline| now < deadline) {
+                return Poll::Pending;
+            }
+            self.batches.clear();
+        }
+        let outcomes = std::mem::take(&mut self.outcomes).into_iter();
+        let outcomes = outcomes.map(|outcome| outcome.unwrap_or_else(|| Err(out_of_time())));
+        Poll::Ready(Response::Values(outcomes.collect()))
+    }
+
+    fn ended(&mut self, mut batch: Batch<S>, outcome: Result<Response>) {
+        let mut failed = Vec::new();
+        let mut failure = None;
+        match outcome {
+            Ok(Response::Values(outcomes)) if outcomes.len() == batch.indexes.len() => {
+                for (&index, outcome) in batch.indexes.iter().zip(outcomes) {
+                    match outcome {
+                        Err(error) if error.kind() != ErrorKind::ValueTooLarge => {
+                            failed.push(index);
+                            failure = Some(error);
+                        }
+                        settled => self.outcomes[index] = Some(settled),
+                    }
+                }
+            }
+            Ok(_) => {
+                failed = std::mem::take(&mut batch.indexes);
+                failure = Some(Error::new(
+                    ErrorKind::Layer,
+                    "a layer's response does not fit a multi-key read",
+                ));
+            }
+            Err(error) => {
+                failed = std::mem::take(&mut batch.indexes);
+                failure = Some(error);
+            }
+        }
+        let Some(error) = failure else { return };
+        let after = if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            After::GiveUp
+        } else {
+            let operation = Operation::GetMany { keys: Arc::default() };
+            let node = batch.attempt.node().clone();
+            self.shared.after(&operation, &node, &error, &mut batch.tries)
+        };
+        self.send(failed, &batch.tries, Some((after, error)));
+    }
+}
+
+fn out_of_time() -> Error {
+    Error::new(ErrorKind::Timeout, "no answer by the deadline").with_sent(Sent::Maybe)
+}
+
+/// A question that every node answers for itself. It is never moved or repeated.
+pub(super) struct Every<S: Service<Request>> {
+    deadline: Option<Instant>,
+    answers: Vec<Option<NodeResult<Response>>>,
+    attempts: Vec<Option<Pin<Box<Attempt<S>>>>>,
+}
+
+impl<S: Service<Request> + Clone> Every<S> {
+    pub(super) fn new(shared: &Arc<Shared<S>>, request: &Request) -> Self {
+        let topology = shared.topology.load();
+        let attempt = |node: &Node<S>| Box::pin(Attempt::new(node, request.clone()));
+        let nodes = topology.members().iter().map(|member| &member.node);
+        let attempts: Vec<_> = nodes.map(|node| Some(attempt(node))).collect();
+        Self {
+            deadline: request.deadline(),
+            answers: attempts.iter().map(|_| None).collect(),
+            attempts,
+        }
+    }
+}
+
+impl<S> Every<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Response> {
+        let mut waiting = false;
+        let overdue = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        for (place, answer) in self.attempts.iter_mut().zip(&mut self.answers) {
+            let Some(attempt) = place else { continue };
+            let result = match attempt.as_mut().poll(cx) {
+                Poll::Ready(result) => result,
+                Poll::Pending if overdue => Err(out_of_time()),
+                Poll::Pending => {
+                    waiting = true;
+                    continue;
+                }
+            };
+            let name = attempt.node().name().clone();
+            let result = result.map_err(|error| error.at_node(&name));
+            *answer = Some(NodeResult::new(name, result));
+            *place = None;
+        }
+        if waiting {
+            return Poll::Pending;
+        }
+        let answers = std::mem::take(&mut self.answers);
+        Poll::Ready(Response::Nodes(answers.into_iter().flatten().collect()))
+    }
+}

@@ -1,0 +1,420 @@
+//! Many nodes as one cache: which node a key belongs to, and what happens when that node fails.
+//!
+//! [`Ring`] says where a key belongs. [`FailureMode`] says what becomes of a request whose node
+//! is out. `route.rs` is the path of one request: choose, attempt, and on failure decide once, in
+//! [`Shared::after`], whether to give up, to go to another node, or to wait for the same one.
+
+mod budget;
+mod many;
+pub(crate) mod ring;
+mod route;
+mod topology;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use futures::future::BoxFuture;
+use tokio::time::Instant;
+use tower::Service;
+
+use budget::Budget;
+pub use budget::RetryBudget;
+pub use ring::Ring;
+pub use route::ClusterFuture;
+pub use topology::NodeSpec;
+use topology::{Member, Topology};
+
+use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::executor::{Executor, Spawner};
+use crate::node::{Node, NodeStatus, Shared as NodeShared};
+use crate::request::{Operation, Request};
+use crate::response::Response;
+use crate::telemetry;
+
+/// What becomes of requests whose node's circuit breaker is open, and of attempts that fail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum FailureMode {
+    /// They go, at once, to the next healthy node on the ring for their key, if they may be moved
+    /// ([`Operation::is_movable`]); otherwise they fail. What they write there lives at most for
+    /// the failover TTL.
+    #[default]
+    Redistribute,
+    /// They fail at once, unsent.
+    Cancel,
+    /// They wait for the same node, with jittered exponential backoff, until it is back or their
+    /// deadline has passed.
+    Retry,
+}
+
+/// The settings of a [`Cluster`].
+#[derive(Clone, Debug)]
+pub struct ClusterSettings {
+    pub(crate) ring: Ring,
+    pub(crate) failure_mode: FailureMode,
+    pub(crate) failover_ttl: Duration,
+    pub(crate) max_attempts: u32,
+    pub(crate) retry_budget: RetryBudget,
+}
+
+impl Default for ClusterSettings {
+    fn default() -> Self {
+        Self {
+            ring: Ring::default(),
+            failure_mode: FailureMode::default(),
+            failover_ttl: Duration::from_secs(60),
+            max_attempts: 3,
+            retry_budget: RetryBudget::default(),
+        }
+    }
+}
+
+impl ClusterSettings {
+    /// How keys are laid out over nodes; [`Ring::libmemcached`] by default.
+    #[must_use]
+    pub fn ring(mut self, ring: Ring) -> Self {
+        self.ring = ring;
+        self
+    }
+
+    /// [`FailureMode::Redistribute`] by default.
+    #[must_use]
+    pub fn failure_mode(mut self, mode: FailureMode) -> Self {
+        self.failure_mode = mode;
+        self
+    }
+
+    /// How long a value may live on a node that is not its own; 60 s by default.
+    #[must_use]
+    pub fn failover_ttl(mut self, ttl: Duration) -> Self {
+        self.failover_ttl = ttl;
+        self
+    }
+
+    /// How many attempts a request may make; 3 by default. In [`FailureMode::Retry`] only those
+    /// count that were sent.
+    #[must_use]
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
+        self.max_attempts = attempts;
+        self
+    }
+
+    /// What all retries and failovers together may add; 20 % of requests plus 10 a second by
+    /// default.
+    #[must_use]
+    pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
+        self.retry_budget = budget;
+        self
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        if self.max_attempts == 0 {
+            return Err(Error::configuration("a request may make no attempt"));
+        }
+        if self.failover_ttl.is_zero() {
+            return Err(Error::configuration("the failover TTL is zero"));
+        }
+        Ok(())
+    }
+}
+
+/// Makes the node of a specification.
+pub(crate) type NodeFactory<S> = Box<dyn Fn(&NodeSpec) -> Node<S> + Send + Sync>;
+
+struct Shared<S> {
+    topology: ArcSwap<Topology<S>>,
+    settings: ClusterSettings,
+    budget: Budget,
+    spawner: Spawner,
+    factory: NodeFactory<S>,
+    shut_down: AtomicBool,
+}
+
+/// A cluster of [`Node`]s: routing, failure modes and the retry budget.
+///
+/// A cheap handle; clones share everything.
+///
+/// # Readiness
+/// `poll_ready` is always ready, because the node to be ready is known only with the key. What
+/// cannot be taken now is an immediate typed error from `call`'s future.
+///
+/// # Cancel safety
+/// Dropping a [`ClusterFuture`] drops the attempt it is making; nothing is left behind.
+pub struct Cluster<S> {
+    shared: Arc<Shared<S>>,
+}
+
+impl<S> Clone for Cluster<S> {
+    fn clone(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl<S> fmt::Debug for Cluster<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("settings", &self.shared.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S> Cluster<S> {
+    /// A cluster of the nodes that `factory` makes of `specs`. It is kept, for nodes that come
+    /// later ([`set_nodes`](Self::set_nodes)).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`] if there are no nodes, one is there twice or has the
+    /// weight 0, or a setting is zero.
+    pub fn new(
+        settings: ClusterSettings,
+        specs: Vec<NodeSpec>,
+        executor: &Executor,
+        factory: impl Fn(&NodeSpec) -> Node<S> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::from_factory(settings, specs, executor.start()?, Box::new(factory))
+    }
+
+    pub(crate) fn from_factory(
+        settings: ClusterSettings,
+        specs: Vec<NodeSpec>,
+        spawner: Spawner,
+        factory: NodeFactory<S>,
+    ) -> Result<Self> {
+        settings.validate()?;
+        topology::validate(&specs)?;
+        let members = specs
+            .into_iter()
+            .map(|spec| Member {
+                node: factory(&spec),
+                spec,
+            })
+            .collect();
+        Ok(Self {
+            shared: Arc::new(Shared {
+                topology: ArcSwap::from_pointee(Topology::new(&settings.ring, members)),
+                budget: Budget::new(settings.retry_budget),
+                settings,
+                spawner,
+                factory,
+                shut_down: AtomicBool::new(false),
+            }),
+        })
+    }
+
+    /// Replaces the nodes. One with the same name and address as before keeps its connections and
+    /// its breaker; requests under way end where they are.
+    ///
+    /// # Errors
+    /// As for [`Cluster::new`]; the nodes then stay as they were.
+    pub fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()>
+    where
+        S: Clone,
+    {
+        topology::validate(&specs)?;
+        let shared = &self.shared;
+        let make = |current: &Arc<Topology<S>>, specs: &[NodeSpec]| {
+            let member = |spec: &NodeSpec| {
+                let mut known = current.members().iter();
+                let known = known.find(|known| {
+                    known.spec.name == spec.name && known.spec.address == spec.address
+                });
+                Member {
+                    node: known.map_or_else(|| (shared.factory)(spec), |known| known.node.clone()),
+                    spec: spec.clone(),
+                }
+            };
+            Topology::new(&shared.settings.ring, specs.iter().map(member).collect())
+        };
+        shared.topology.rcu(|current| make(current, &specs));
+        Ok(())
+    }
+
+    /// What is believed of each node now.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<NodeStatus> {
+        let topology = self.shared.topology.load();
+        let members = topology.members().iter();
+        members.map(|member| member.node.status()).collect()
+    }
+
+    fn in_flight(&self) -> usize {
+        let topology = self.shared.topology.load();
+        let members = topology.members().iter();
+        members.map(|member| member.node.in_flight()).sum()
+    }
+
+    /// Takes no new requests, waits up to `drain` for those under way, and closes every
+    /// connection; what is still under way then fails with [`ErrorKind::Shutdown`].
+    pub async fn shutdown(&self, drain: Duration) {
+        self.shared.shut_down.store(true, Ordering::Release);
+        let until = Instant::now() + drain;
+        while self.in_flight() > 0 && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for member in self.shared.topology.load().members() {
+            member.node.close();
+        }
+    }
+}
+
+/// What a [`Client`](crate::Client) can do with its cluster besides sending requests, whatever
+/// its nodes are made of.
+pub(crate) trait Control: Send + Sync {
+    fn nodes(&self) -> Vec<NodeStatus>;
+    fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()>;
+    fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()>;
+}
+
+impl<S: Clone + Send + Sync> Control for Cluster<S> {
+    fn nodes(&self) -> Vec<NodeStatus> {
+        self.nodes()
+    }
+
+    fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()> {
+        self.set_nodes(specs)
+    }
+
+    fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()> {
+        Box::pin(self.shutdown(drain))
+    }
+}
+
+impl<S> Service<Request> for Cluster<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    type Response = Response;
+    type Error = Error;
+    type Future = ClusterFuture<S>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request) -> ClusterFuture<S> {
+        if self.shared.shut_down.load(Ordering::Acquire) {
+            let error = Error::new(ErrorKind::Shutdown, "the client is shut down");
+            return ClusterFuture::failed(error);
+        }
+        self.shared.budget.deposit();
+        match request.operation() {
+            Operation::GetMany { .. } => ClusterFuture::many(&self.shared, request),
+            Operation::Version | Operation::FlushAll | Operation::Stats => {
+                ClusterFuture::every(&self.shared, request)
+            }
+            _ => ClusterFuture::single(&self.shared, request),
+        }
+    }
+}
+
+/// What is known of a request that has failed somewhere.
+#[derive(Clone, Debug, Default)]
+struct Tries {
+    /// Nodes not to go to again, by their id.
+    spent: Vec<u64>,
+    /// Attempts that may have reached a node.
+    attempts: u32,
+    /// Waits in a row, for the backoff.
+    waits: u32,
+    /// It was sent to its home a second time because a connection was lost under it.
+    repeated: bool,
+}
+
+/// What to do after a failed attempt.
+enum After {
+    GiveUp,
+    /// Go to another node than those spent.
+    Move,
+    /// The same node again, after a while.
+    Repeat(Duration),
+}
+
+/// The first wait in [`FailureMode::Retry`], doubled each time.
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+impl<S> Shared<S> {
+    /// Decides, once for every kind of request, what becomes of one whose attempt at `node`
+    /// failed with `error`.
+    fn after(
+        &self,
+        operation: &Operation,
+        node: &NodeShared,
+        error: &Error,
+        tries: &mut Tries,
+    ) -> After {
+        use ErrorKind::{
+            ConnectionFailed, ConnectionLost, Layer, NodeUnavailable, Protocol, Timeout,
+            Unresponsive,
+        };
+        let unsent = error.sent() == Sent::No;
+        let kind = error.kind();
+        let failed_there = matches!(
+            kind,
+            Timeout | ConnectionFailed | ConnectionLost | Unresponsive | NodeUnavailable | Protocol
+        ) || kind == Layer;
+        if !failed_there {
+            return After::GiveUp;
+        }
+        if kind != NodeUnavailable {
+            tries.attempts += 1;
+        }
+        if tries.attempts >= self.settings.max_attempts {
+            return After::GiveUp;
+        }
+        let open = node.is_open();
+        // The connection is gone, not the node: once more over the next connection. That is safe
+        // for what may run twice, and for what never left.
+        if kind == ConnectionLost && !open && !tries.repeated && (operation.is_movable() || unsent)
+        {
+            tries.repeated = true;
+            if !self.pay(node) {
+                return After::GiveUp;
+            }
+            telemetry::retried(node.name());
+            return After::Repeat(Duration::ZERO);
+        }
+        match self.settings.failure_mode {
+            FailureMode::Cancel => After::GiveUp,
+            FailureMode::Redistribute => {
+                if !operation.is_movable() {
+                    return After::GiveUp;
+                }
+                // What is moved because its node has opened is not a retry.
+                if !open && !self.pay(node) {
+                    return After::GiveUp;
+                }
+                tries.spent.push(node.id());
+                After::Move
+            }
+            FailureMode::Retry => {
+                if !operation.is_movable() && !unsent {
+                    return After::GiveUp;
+                }
+                if kind != NodeUnavailable && !self.pay(node) {
+                    return After::GiveUp;
+                }
+                let longest = FIRST_WAIT
+                    .saturating_mul(1 << tries.waits.min(16))
+                    .min(LONGEST_WAIT);
+                tries.waits += 1;
+                telemetry::retried(node.name());
+                After::Repeat(longest / 2 + (longest / 2).mul_f64(fastrand::f64()))
+            }
+        }
+    }
+
+    fn pay(&self, node: &NodeShared) -> bool {
+        let paid = self.budget.withdraw();
+        if !paid {
+            telemetry::budget_exhausted(node.name());
+        }
+        paid
+    }
+}

@@ -1,0 +1,280 @@
+//! The path of one request through the cluster.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep};
+use tower::Service;
+
+use super::many::{Every, Many};
+use super::{After, FailureMode, Shared, Tries};
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::key::Key;
+use crate::node::{Node, NodeFuture, Shared as NodeShared};
+use crate::request::{Origin, Request};
+use crate::response::Response;
+use crate::telemetry;
+
+pin_project! {
+    /// The future of one request to a [`Cluster`](super::Cluster).
+    #[must_use = "futures do nothing unless polled"]
+    pub struct ClusterFuture<S>
+    where
+        S: Service<Request>,
+    {
+        #[pin]
+        path: Path<S>,
+    }
+}
+
+pin_project! {
+    #[project = PathProjection]
+    enum Path<S>
+    where
+        S: Service<Request>,
+    {
+        Single { #[pin] single: Single<S> },
+        Many { many: Box<Many<S>> },
+        Every { every: Box<Every<S>> },
+        Failed { error: Option<Error> },
+    }
+}
+
+impl<S> ClusterFuture<S>
+where
+    S: Service<Request> + Clone,
+{
+    pub(super) fn failed(error: Error) -> Self {
+        let path = Path::Failed { error: Some(error) };
+        Self { path }
+    }
+
+    pub(super) fn single(shared: &Arc<Shared<S>>, request: Request) -> Self {
+        let Some(key) = request.operation().key() else {
+            let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
+            return Self::failed(error);
+        };
+        let first = shared.first(key, request.operation().is_movable(), |node, origin| {
+            Attempt::new(node, shared.addressed(&request, origin))
+        });
+        let single = Single {
+            shared: shared.clone(),
+            request,
+            tries: Tries::default(),
+            attempt: first,
+        };
+        Self {
+            path: Path::Single { single },
+        }
+    }
+
+    pub(super) fn many(shared: &Arc<Shared<S>>, request: Request) -> Self {
+        let many = Box::new(Many::new(shared, request));
+        Self {
+            path: Path::Many { many },
+        }
+    }
+
+    pub(super) fn every(shared: &Arc<Shared<S>>, request: Request) -> Self {
+        let every = Box::new(Every::new(shared, &request));
+        Self {
+            path: Path::Every { every },
+        }
+    }
+}
+
+impl<S> Future for ClusterFuture<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    type Output = Result<Response>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        match self.project().path.project() {
+            PathProjection::Single { single } => single.poll(cx),
+            PathProjection::Many { many } => many.poll(cx).map(Ok),
+            PathProjection::Every { every } => every.poll(cx).map(Ok),
+            PathProjection::Failed { error } => match error.take() {
+                Some(error) => Poll::Ready(Err(error)),
+                None => panic!("polled after completion"),
+            },
+        }
+    }
+}
+
+impl<S: Service<Request>> fmt::Debug for ClusterFuture<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterFuture").finish_non_exhaustive()
+    }
+}
+
+impl<S> Shared<S> {
+    /// Hands the node that a new request for `key` goes to, and as whose request, to `start`.
+    pub(super) fn first<T>(
+        &self,
+        key: &Key,
+        movable: bool,
+        start: impl FnOnce(&Node<S>, Origin) -> T,
+    ) -> T {
+        let topology = self.topology.load();
+        let home = topology.home(key);
+        if home.is_open()
+            && movable
+            && self.settings.failure_mode == FailureMode::Redistribute
+            && let Some(refuge) = topology.refuge(key, |_| true)
+        {
+            telemetry::failed_over(home.name());
+            return start(refuge, Origin::Moved);
+        }
+        // An open home refuses it at once; what then happens is a matter of the failure mode.
+        start(home, Origin::Home)
+    }
+
+    /// The same for a request that has failed at the nodes in `tries`; `None` if there is no
+    /// other node for it.
+    pub(super) fn next<T>(
+        &self,
+        key: &Key,
+        tries: &Tries,
+        start: impl FnOnce(&Node<S>, Origin) -> T,
+    ) -> Option<T> {
+        let topology = self.topology.load();
+        let refuge = topology.refuge(key, |node| !tries.spent.contains(&node.shared().id()))?;
+        telemetry::failed_over(topology.home(key).name());
+        Some(start(refuge, Origin::Moved))
+    }
+
+    /// The request as a node gets it: away from home, what it writes lives only so long.
+    pub(super) fn addressed(&self, request: &Request, origin: Origin) -> Request {
+        let mut request = request.clone().with_origin(origin);
+        if origin == Origin::Moved {
+            request.operation_mut().cap_ttl(self.settings.failover_ttl);
+        }
+        request
+    }
+
+    /// When to try again after waiting `delay`: not after the deadline.
+    pub(super) fn wake_at(&self, delay: Duration, deadline: Option<Instant>) -> Instant {
+        let due = Instant::now() + delay;
+        deadline.map_or(due, |deadline| due.min(deadline))
+    }
+}
+
+pin_project! {
+    /// One attempt at one node, after a wait if it is a repeated one.
+    pub(super) struct Attempt<S>
+    where
+        S: Service<Request>,
+    {
+        #[pin]
+        wait: Option<Sleep>,
+        #[pin]
+        future: NodeFuture<S>,
+    }
+}
+
+impl<S: Service<Request> + Clone> Attempt<S> {
+    pub(super) fn new(node: &Node<S>, request: Request) -> Self {
+        Self {
+            wait: None,
+            future: NodeFuture::new(node, request),
+        }
+    }
+
+    /// The same once more: after `wait`, at the same node.
+    pub(super) fn after(wait: Sleep, node: &Node<S>, request: Request) -> Self {
+        Self {
+            wait: Some(wait),
+            ..Self::new(node, request)
+        }
+    }
+}
+
+impl<S: Service<Request>> Attempt<S> {
+    pub(super) fn node(&self) -> &Arc<NodeShared> {
+        self.future.node()
+    }
+}
+
+impl<S> Future for Attempt<S>
+where
+    S: Service<Request, Response = Response>,
+    S::Error: Into<BoxError>,
+{
+    type Output = Result<Response>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let mut this = self.project();
+        if let Some(wait) = this.wait.as_mut().as_pin_mut() {
+            ready!(wait.poll(cx));
+            this.wait.set(None);
+        }
+        this.future.poll(cx)
+    }
+}
+
+pin_project! {
+    /// A request with one key.
+    struct Single<S>
+    where
+        S: Service<Request>,
+    {
+        shared: Arc<Shared<S>>,
+        request: Request,
+        tries: Tries,
+        #[pin]
+        attempt: Attempt<S>,
+    }
+}
+
+impl<S> Future for Single<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    type Output = Result<Response>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let mut this = self.project();
+        let (shared, request) = (&*this.shared, &*this.request);
+        loop {
+            let error = match ready!(this.attempt.as_mut().poll(cx)) {
+                Ok(response) => return Poll::Ready(Ok(response)),
+                Err(error) => error,
+            };
+            let failed_at = this.attempt.node().clone();
+            let deadline = request.deadline();
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Poll::Ready(Err(error));
+            }
+            let operation = request.operation();
+            let Some(key) = operation.key() else {
+                return Poll::Ready(Err(error));
+            };
+            let next = match shared.after(operation, &failed_at, &error, this.tries) {
+                After::GiveUp => None,
+                After::Move => shared.next(key, this.tries, |node, origin| {
+                    Attempt::new(node, shared.addressed(request, origin))
+                }),
+                After::Repeat(delay) => {
+                    let due = shared.wake_at(delay, deadline);
+                    let wait = shared.spawner.sleep_until(due)?;
+                    let again = |node: &Node<S>, origin| {
+                        Attempt::after(wait, node, shared.addressed(request, origin))
+                    };
+                    Some(shared.first(key, operation.is_movable(), again))
+                }
+            };
+            match next {
+                Some(next) => this.attempt.set(next),
+                None => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Which nodes there are, as one immutable snapshot that is swapped as a whole.
+
+use std::sync::Arc;
+
+use super::ring::{Continuum, NodeName, Ring, RingNode};
+use crate::error::{Error, Result};
+use crate::key::Key;
+use crate::node::Node;
+use crate::transport::Address;
+
+/// A node as it is configured: its name as the user wrote it, where that is, and its share of the
+/// keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSpec {
+    pub(crate) name: Arc<str>,
+    pub(crate) address: Address,
+    pub(crate) weight: u32,
+}
+
+impl NodeSpec {
+    /// A node of weight 1.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if `address` is
+    /// none (see [`Address`]).
+    pub fn new(address: &str) -> Result<Self> {
+        Ok(Self {
+            name: address.into(),
+            address: address.parse()?,
+            weight: 1,
+        })
+    }
+
+    /// Gives it a share of the keys in proportion to its weight.
+    #[must_use]
+    pub fn with_weight(mut self, weight: u32) -> Self {
+        self.weight = weight;
+        self
+    }
+
+    fn ring_node(&self) -> RingNode<'_> {
+        let name = match self.address.host_and_port() {
+            Some((host, port)) => NodeName::Tcp { host, port },
+            None => NodeName::Unix(&self.name),
+        };
+        RingNode {
+            name,
+            weight: self.weight,
+        }
+    }
+}
+
+/// Refuses lists that cannot be what the user means.
+pub(super) fn validate(specs: &[NodeSpec]) -> Result<()> {
+    if specs.is_empty() {
+        return Err(Error::configuration("there are no nodes"));
+    }
+    if specs.len() > usize::from(u16::MAX) {
+        return Err(Error::configuration("there are more than 65,535 nodes"));
+    }
+    for (index, spec) in specs.iter().enumerate() {
+        let name = &spec.name;
+        if spec.weight == 0 {
+            let message = format!("the node {name:?} has the weight 0");
+            return Err(Error::configuration(message));
+        }
+        if specs[..index].iter().any(|other| other.address == spec.address) {
+            let message = format!("the node {name:?} is there twice");
+            return Err(Error::configuration(message));
+        }
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+pub(super) struct Topology<S> {
+    members: Box<[Member<S>]>,
+    continuum: Continuum,
+}
+
+#[derive(Debug)]
+pub(super) struct Member<S> {
+    pub(super) spec: NodeSpec,
+    pub(super) node: Node<S>,
+}
+
+impl<S> Topology<S> {
+    pub(super) fn new(ring: &Ring, members: Vec<Member<S>>) -> Self {
+        let nodes: Vec<_> = members.iter().map(|member| member.spec.ring_node()).collect();
+        Self {
+            continuum: ring.build(&nodes),
+            members: members.into(),
+        }
+    }
+
+    pub(super) fn members(&self) -> &[Member<S>] {
+        &self.members
+    }
+
+    /// The key's own node.
+    pub(super) fn home(&self, key: &Key) -> &Node<S> {
+        &self.members[self.continuum.primary(key.as_bytes())].node
+    }
+
+    /// Where the key goes when its home is out: the next node on the ring, in the order that
+    /// `fits` sees them. `None` when too many nodes are open: the others must not be loaded with
+    /// the keys of all of them.
+    pub(super) fn refuge(&self, key: &Key, fits: impl Fn(&Node<S>) -> bool) -> Option<&Node<S>> {
+        let open = self.members.iter().filter(|member| member.node.is_open());
+        if open.count() > self.members.len() / 2 {
+            return None;
+        }
+        self.continuum
+            .sequence(key.as_bytes())
+            .skip(1)
+            .map(|index| &self.members[index].node)
+            .find(|node| !node.is_open() && fits(node))
+    }
+}

@@ -1,0 +1,331 @@
+//! The one error of this crate. It answers the question a caller has: *what do I do next?*
+//!
+//! [`Error::kind`] says what happened, [`Error::sent`] whether the server may have executed the
+//! request, [`Error::node`] where. A miss is never an error.
+
+use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+
+/// What tower layers of any origin may return.
+pub(crate) type BoxError = tower::BoxError;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, in terms of what the caller can do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The key is empty, over 250 bytes when encoded, or holds a space or control character.
+    /// Nothing was sent. A bug in the caller.
+    InvalidKey,
+    /// The value is over the configured limit (nothing was sent), over the server's (it keeps no
+    /// value for this key then, not even the old one), or a stored value is over the client's
+    /// limit (it was skipped, the connection lives on).
+    ValueTooLarge,
+    /// A setting does not make sense; no client was built.
+    InvalidConfiguration,
+    /// The attempt's time or the operation's deadline ran out.
+    Timeout,
+    /// The node's circuit breaker is open and the failure mode does not move this request.
+    /// Nothing was sent.
+    NodeUnavailable,
+    /// A bound of our own is reached: queue, in-flight limit, ejection cap. Nothing was sent.
+    Overloaded,
+    /// No connection could be made. Nothing was sent.
+    ConnectionFailed,
+    /// The connection ended under the request.
+    ConnectionLost,
+    /// The connection was closed because the server did not answer on it: no byte for the stall
+    /// timeout, or several time-outs in a row.
+    Unresponsive,
+    /// The server's bytes are not the protocol, or not the answer to what was asked. The
+    /// connection was closed.
+    Protocol,
+    /// The server answered `SERVER_ERROR`; for example it is out of memory.
+    Server,
+    /// The server answered `CLIENT_ERROR`: it refuses the request as it is.
+    Rejected,
+    /// `increment` or `decrement` of a value that is not a number.
+    NotANumber,
+    /// The server is too old for what was asked (see [`MINIMUM_VERSION`](crate::MINIMUM_VERSION)).
+    Unsupported,
+    /// The client is shut down, or the runtime its connections live in is.
+    Shutdown,
+    /// A kill switch is thrown: the functional group does not use the cache now. Nothing was sent.
+    Disabled,
+    /// The read-through loader failed, panicked or ran out of time; [`source`](StdError::source)
+    /// is the loader's own error where there is one.
+    Load,
+    /// No tokio runtime to run in: with [`Executor::current`](crate::Executor::current) outside one.
+    NoRuntime,
+    /// A user-supplied layer failed, with an error that is not ours, or gave a response that does
+    /// not fit the request.
+    Layer,
+}
+
+impl ErrorKind {
+    const fn describe(self) -> &'static str {
+        match self {
+            Self::InvalidKey => "invalid key",
+            Self::ValueTooLarge => "value too large",
+            Self::InvalidConfiguration => "invalid configuration",
+            Self::Timeout => "timed out",
+            Self::NodeUnavailable => "node unavailable",
+            Self::Overloaded => "overloaded",
+            Self::ConnectionFailed => "connecting failed",
+            Self::ConnectionLost => "connection lost",
+            Self::Unresponsive => "unresponsive",
+            Self::Protocol => "protocol violation",
+            Self::Server => "server error",
+            Self::Rejected => "rejected by the server",
+            Self::NotANumber => "not a number",
+            Self::Unsupported => "not supported by the server",
+            Self::Shutdown => "shut down",
+            Self::Disabled => "disabled",
+            Self::Load => "load failed",
+            Self::NoRuntime => "no tokio runtime",
+            Self::Layer => "layer failed",
+        }
+    }
+}
+
+/// Whether the server may have executed the request that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sent {
+    /// No byte of it left this process: it was not executed and never will be.
+    No,
+    /// Some of it left; the server may have executed it, or may still do so, even much later.
+    Maybe,
+    /// The server answered it.
+    Yes,
+}
+
+/// Whom a failure counts against. A time-out found late because our own threads were late, or one
+/// that never left our queue, is the caller's error but no evidence against the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Charge {
+    Node,
+    Nobody,
+}
+
+/// Why an operation failed.
+///
+/// One type for the whole crate, cheap to return (one pointer) and to clone, so that all callers
+/// waiting for one load can share it. Decide with [`kind`](Self::kind), [`sent`](Self::sent) and
+/// the predicates; the `Display` text is for people and not stable.
+///
+/// ```
+/// use tower_memcached::{Error, Sent};
+///
+/// fn worth_another_try(error: &Error) -> bool {
+///     error.is_timeout() && error.sent() == Sent::No
+/// }
+/// ```
+#[derive(Clone)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone)]
+struct Inner {
+    kind: ErrorKind,
+    sent: Sent,
+    charge: Charge,
+    node: Option<Arc<str>>,
+    message: Cow<'static, str>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<Cow<'static, str>>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            sent: Sent::No,
+            charge: Charge::Nobody,
+            node: None,
+            message: message.into(),
+            source: None,
+        }))
+    }
+
+    pub(crate) fn configuration(message: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(ErrorKind::InvalidConfiguration, message)
+    }
+
+    pub(crate) fn with_sent(mut self, sent: Sent) -> Self {
+        self.0.sent = sent;
+        self
+    }
+
+    pub(crate) fn charged_to(mut self, charge: Charge) -> Self {
+        self.0.charge = charge;
+        self
+    }
+
+    /// Names the node; one that is named already stays, since it is nearer to the cause.
+    pub(crate) fn at_node(mut self, node: &Arc<str>) -> Self {
+        self.0.node.get_or_insert_with(|| node.clone());
+        self
+    }
+
+    pub(crate) fn with_source(mut self, source: impl Into<BoxError>) -> Self {
+        self.0.source = Some(Arc::from(source.into()));
+        self
+    }
+
+    /// Takes an error out of a layer's box: ours as it was, anything else as
+    /// [`ErrorKind::Layer`], of which we cannot know whether the request was sent.
+    pub(crate) fn from_boxed(error: BoxError) -> Self {
+        match error.downcast::<Self>() {
+            Ok(own) => *own,
+            Err(foreign) => Self::new(ErrorKind::Layer, "a layer's own error")
+                .with_sent(Sent::Maybe)
+                .with_source(foreign),
+        }
+    }
+
+    pub(crate) fn charge(&self) -> Charge {
+        self.0.charge
+    }
+
+    /// What went wrong.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Whether the server may have executed the request.
+    #[must_use]
+    pub fn sent(&self) -> Sent {
+        self.0.sent
+    }
+
+    /// The node it happened at, as it was named in the configuration; `None` where no node was
+    /// involved yet.
+    #[must_use]
+    pub fn node(&self) -> Option<&str> {
+        self.0.node.as_deref()
+    }
+
+    /// The attempt's or the operation's time ran out.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        self.0.kind == ErrorKind::Timeout
+    }
+
+    /// The node cannot be reached or used now: its breaker is open, or the connection failed, was
+    /// lost, or did not answer.
+    #[must_use]
+    pub fn is_unavailable(&self) -> bool {
+        matches!(
+            self.0.kind,
+            ErrorKind::NodeUnavailable
+                | ErrorKind::ConnectionFailed
+                | ErrorKind::ConnectionLost
+                | ErrorKind::Unresponsive
+        )
+    }
+
+    /// Shed by a bound of our own; sending less is the remedy, sending again at once is not.
+    #[must_use]
+    pub fn is_overloaded(&self) -> bool {
+        self.0.kind == ErrorKind::Overloaded
+    }
+
+    /// The caller's own mistake (key, value, configuration): repeating it cannot help.
+    #[must_use]
+    pub fn is_caller_mistake(&self) -> bool {
+        matches!(
+            self.0.kind,
+            ErrorKind::InvalidKey
+                | ErrorKind::ValueTooLarge
+                | ErrorKind::InvalidConfiguration
+                | ErrorKind::NotANumber
+                | ErrorKind::NoRuntime
+        )
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.kind.describe())?;
+        if let Some(node) = &self.0.node {
+            write!(f, " at {node}")?;
+        }
+        if !self.0.message.is_empty() {
+            write!(f, ": {}", self.0.message)?;
+        }
+        match (self.0.kind, self.0.sent) {
+            (ErrorKind::Timeout | ErrorKind::ConnectionLost | ErrorKind::Unresponsive, Sent::No) => {
+                f.write_str(" (not sent)")
+            }
+            (_, Sent::Maybe) => f.write_str(" (may have been executed)"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner {
+            kind,
+            sent,
+            charge: _,
+            node,
+            message,
+            source,
+        } = &*self.0;
+        f.debug_struct("Error")
+            .field("kind", kind)
+            .field("sent", sent)
+            .field("node", node)
+            .field("message", message)
+            .field("source", source)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match &self.0.source {
+            Some(source) => Some(&**source),
+            None => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_kind_node_and_doubt() {
+        let error = Error::new(ErrorKind::Timeout, "no answer within 30ms")
+            .with_sent(Sent::Maybe)
+            .at_node(&Arc::from("cache-a:11211"));
+        assert_eq!(
+            error.to_string(),
+            "timed out at cache-a:11211: no answer within 30ms (may have been executed)"
+        );
+        assert!(error.is_timeout() && !error.is_unavailable());
+    }
+
+    #[test]
+    fn survives_a_layers_box_and_tells_foreign_errors_apart() {
+        let ours = Error::new(ErrorKind::Overloaded, "queue full");
+        assert_eq!(
+            Error::from_boxed(Box::new(ours)).kind(),
+            ErrorKind::Overloaded
+        );
+        let foreign = Error::from_boxed("elapsed".into());
+        assert_eq!(foreign.kind(), ErrorKind::Layer);
+        assert_eq!(foreign.sent(), Sent::Maybe);
+        assert_eq!(foreign.source().map(ToString::to_string).as_deref(), Some("elapsed"));
+    }
+
+    #[test]
+    fn is_one_pointer_wide() {
+        assert_eq!(size_of::<Error>(), size_of::<usize>());
+    }
+}

@@ -1,0 +1,298 @@
+//! Functional groups: what one part of a service caches, kept apart from what the others do.
+//!
+//! A group has a key prefix, a deadline and an in-flight limit of its own, and a kill switch. One
+//! group that floods the cache, or must stop using it, leaves the others alone:
+//!
+//! ```
+//! use std::time::Duration;
+//! use tower_memcached::{Client, Executor, GroupLayer, KillSwitch};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), tower_memcached::Error> {
+//! let client = Client::builder().nodes(["127.0.0.1"]).build()?;
+//! let kill_switch = KillSwitch::default();
+//! let sessions = client.layer(
+//!     GroupLayer::new("sessions")
+//!         .prefix("session:")
+//!         .timeout(Duration::from_millis(20))
+//!         .max_in_flight(200)
+//!         .kill_switch(kill_switch.clone()),
+//! );
+//! kill_switch.throw();
+//! assert!(sessions.get("42").await.is_err());
+//! # Ok(())
+//! # }
+//! ```
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use tokio::time::Instant;
+use tower::{Layer, Service};
+
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::key::Key;
+use crate::request::{Operation, Request};
+use crate::response::Response;
+
+/// Stops a group from using the cache, from any thread, at once. Clones are the same switch.
+///
+/// While it is thrown every request of the group fails with [`ErrorKind::Disabled`], unsent, so
+/// that [`get_or_load`](crate::Client::get_or_load) goes to its loader. Writes are not sent either:
+/// what the cache holds may be old when the switch is reset.
+#[derive(Clone, Debug, Default)]
+pub struct KillSwitch(Arc<AtomicBool>);
+
+impl KillSwitch {
+    /// Stops the group.
+    pub fn throw(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Lets it go on.
+    pub fn reset(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+
+    /// Whether it is thrown.
+    #[must_use]
+    pub fn is_thrown(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Makes a functional group of a stack; see [`Client::layer`](crate::Client::layer).
+#[derive(Clone, Debug)]
+pub struct GroupLayer {
+    name: Arc<str>,
+    prefix: Arc<[u8]>,
+    timeout: Option<Duration>,
+    max_in_flight: usize,
+    kill_switch: KillSwitch,
+}
+
+impl GroupLayer {
+    /// A group without a prefix, limit or deadline of its own; its errors name it.
+    #[must_use]
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self {
+            name: name.into(),
+            prefix: Arc::default(),
+            timeout: None,
+            max_in_flight: usize::MAX,
+            kill_switch: KillSwitch::default(),
+        }
+    }
+
+    /// What goes before each of its keys. A key that is too long with it, or a prefix with a
+    /// forbidden byte, is an [`ErrorKind::InvalidKey`] of the operation.
+    #[must_use]
+    pub fn prefix(mut self, prefix: impl AsRef<[u8]>) -> Self {
+        self.prefix = prefix.as_ref().into();
+        self
+    }
+
+    /// How long each of its operations may take; the client's timeout where that is shorter.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// How many of its requests may be under way at once, on all clones together; more fail at
+    /// once with [`ErrorKind::Overloaded`]. No limit by default.
+    #[must_use]
+    pub fn max_in_flight(mut self, requests: usize) -> Self {
+        self.max_in_flight = requests;
+        self
+    }
+
+    /// The switch that stops it.
+    #[must_use]
+    pub fn kill_switch(mut self, switch: KillSwitch) -> Self {
+        self.kill_switch = switch;
+        self
+    }
+}
+
+impl<S> Layer<S> for GroupLayer {
+    type Service = Group<S>;
+
+    fn layer(&self, inner: S) -> Group<S> {
+        Group {
+            inner,
+            layer: self.clone(),
+            in_flight: Arc::default(),
+        }
+    }
+}
+
+/// The service of a [`GroupLayer`].
+///
+/// # Readiness
+/// That of the service below. The group's own limit is an immediate error from `call`.
+///
+/// # Cancel safety
+/// Dropping a [`GroupFuture`] gives its place back.
+#[derive(Clone, Debug)]
+pub struct Group<S> {
+    inner: S,
+    layer: GroupLayer,
+    in_flight: Arc<AtomicUsize>,
+}
+
+/// A place among the group's requests under way.
+struct Permit(Arc<AtomicUsize>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl<S> Group<S> {
+    fn admit(&self) -> Result<Permit> {
+        let layer = &self.layer;
+        let refuse = |kind, why: &str| {
+            let name = &layer.name;
+            Err(Error::new(kind, format!("the group {name:?} {why}")))
+        };
+        if layer.kill_switch.is_thrown() {
+            return refuse(ErrorKind::Disabled, "is stopped by its kill switch");
+        }
+        let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let permit = Permit(self.in_flight.clone());
+        if before >= layer.max_in_flight {
+            return refuse(ErrorKind::Overloaded, "has all the requests it may have");
+        }
+        Ok(permit)
+    }
+
+    /// Puts the prefix before the request's keys. Keys of a multi-key read that cannot take it are
+    /// left out, and returned.
+    fn prefix(&self, request: &mut Request) -> Result<Vec<(usize, Error)>> {
+        let prefix = &*self.layer.prefix;
+        let mut invalid = Vec::new();
+        if prefix.is_empty() {
+            return Ok(invalid);
+        }
+        match request.operation_mut() {
+            Operation::Get { key, .. }
+            | Operation::GetAndTouch { key, .. }
+            | Operation::Store { key, .. }
+            | Operation::CompareAndSwap { key, .. }
+            | Operation::Delete { key }
+            | Operation::Touch { key, .. }
+            | Operation::Arithmetic { key, .. } => *key = key.prefixed(prefix)?,
+            Operation::GetMany { keys } => {
+                let mut prefixed: Vec<Key> = Vec::with_capacity(keys.len());
+                for (place, key) in keys.iter().enumerate() {
+                    match key.prefixed(prefix) {
+                        Ok(key) => prefixed.push(key),
+                        Err(error) => invalid.push((place, error)),
+                    }
+                }
+                *keys = prefixed.into();
+            }
+            Operation::Version | Operation::FlushAll | Operation::Stats => {}
+        }
+        Ok(invalid)
+    }
+}
+
+impl<S> Service<Request> for Group<S>
+where
+    S: Service<Request, Response = Response>,
+    S::Error: Into<BoxError>,
+{
+    type Response = Response;
+    type Error = Error;
+    type Future = GroupFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        let ready = self.inner.poll_ready(cx);
+        ready.map_err(|error| Error::from_boxed(error.into()))
+    }
+
+    fn call(&mut self, mut request: Request) -> GroupFuture<S::Future> {
+        if let Some(timeout) = self.layer.timeout {
+            request = request.with_deadline(Instant::now() + timeout);
+        }
+        let admitted = self
+            .admit()
+            .and_then(|permit| Ok((permit, self.prefix(&mut request)?)));
+        GroupFuture {
+            state: match admitted {
+                Ok((permit, invalid)) => State::Called {
+                    future: self.inner.call(request),
+                    _permit: permit,
+                    invalid,
+                },
+                Err(error) => State::Refused { error: Some(error) },
+            },
+        }
+    }
+}
+
+pin_project! {
+    /// The future of one request to a [`Group`].
+    #[must_use = "futures do nothing unless polled"]
+    pub struct GroupFuture<F> {
+        #[pin]
+        state: State<F>,
+    }
+}
+
+pin_project! {
+    #[project = StateProjection]
+    enum State<F> {
+        Called {
+            #[pin]
+            future: F,
+            _permit: Permit,
+            invalid: Vec<(usize, Error)>,
+        },
+        Refused { error: Option<Error> },
+    }
+}
+
+impl<F, E> Future for GroupFuture<F>
+where
+    F: Future<Output = Result<Response, E>>,
+    E: Into<BoxError>,
+{
+    type Output = Result<Response>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        match self.project().state.project() {
+            StateProjection::Called {
+                future, invalid, ..
+            } => {
+                let mut outcome = ready!(future.poll(cx));
+                if let Ok(Response::Values(outcomes)) = &mut outcome {
+                    // In ascending order, so each goes back to its own place.
+                    for (place, error) in invalid.drain(..) {
+                        outcomes.insert(place.min(outcomes.len()), Err(error));
+                    }
+                }
+                Poll::Ready(outcome.map_err(|error| Error::from_boxed(error.into())))
+            }
+            StateProjection::Refused { error } => match error.take() {
+                Some(error) => Poll::Ready(Err(error)),
+                None => panic!("polled after completion"),
+            },
+        }
+    }
+}
+
+impl<F> fmt::Debug for GroupFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GroupFuture").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,91 @@
+//! A memcached client that stays fast and correct while its cache is failing.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), tower_memcached::Error> {
+//! use tower_memcached::{Client, Ttl};
+//!
+//! let client = Client::builder()
+//!     .nodes(["10.0.0.1:11211", "10.0.0.2:11211", "10.0.0.3:11211"])
+//!     .build()?;
+//! client.set("k", "v", Ttl::secs(60)).await?;
+//! assert_eq!(client.get("k").await?.as_deref(), Some(&b"v"[..]));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The stack
+//!
+//! ```text
+//! application task
+//!   |  client.get(key), client.get_or_load(key, ttl, loader)
+//!   v
+//! Client          typed operations; the deadline of each
+//!   v
+//! your layers     ClientBuilder::layer: any tower::Layer; GroupLayer, ReadThroughLayer
+//!   v
+//! Cluster         hash ring, failure mode, retry budget
+//!   v  one per node
+//! Node            circuit breaker, probe, in-flight limit
+//!   v
+//! your layers     ClientBuilder::node_layer: any tower::Layer
+//!   v ==== bounded queue: the only door to the I/O executor ====
+//! Pipelined       many requests on few connections
+//!   v
+//! Connector       TCP, Unix sockets, yours
+//! ```
+//!
+//! Each is a [`tower::Service`] of [`Request`] with a [`Response`], usable around any other.
+//!
+//! # When a node fails
+//!
+//! Three time-outs in a row, or no byte for 60 ms while something is unanswered, close a
+//! connection; a connect that is refused or not answered opens the node's circuit breaker, and
+//! nobody waits for that node any more. What was on the way to it goes where the [`FailureMode`]
+//! says, at once. Probes that write and read back a canary close the breaker again.
+//!
+//! # Feature flags
+//!
+//! - `testing`: an in-process memcached with run-time faults, and control of real memcached
+//!   processes, for tests.
+
+#![forbid(unsafe_code)]
+
+mod client;
+mod cluster;
+mod error;
+mod executor;
+mod group;
+mod key;
+mod node;
+mod protocol;
+pub mod read_through;
+mod request;
+mod response;
+pub mod telemetry;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod transport;
+mod ttl;
+mod value;
+
+pub use client::{BoxedService, Client, ClientBuilder, DefaultService, MultiGet, Outcome};
+pub use cluster::{
+    Cluster, ClusterFuture, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring,
+};
+pub use error::{Error, ErrorKind, Result, Sent};
+pub use executor::Executor;
+pub use group::{Group, GroupFuture, GroupLayer, KillSwitch};
+pub use key::{IntoKey, InvalidKey, Key, MAX_KEY_LENGTH};
+pub use node::{
+    BreakerState, Node, NodeFuture, NodeLayer, NodeSettings, NodeStatus, ProbeSettings,
+};
+pub use protocol::{MINIMUM_VERSION, Violation};
+pub use read_through::{Loader, ReadThrough, ReadThroughLayer};
+pub use request::{Direction, Operation, Request, StoreMode};
+pub use response::{CasOutcome, NodeResult, Response};
+pub use transport::{
+    Address, BoxStream, ByteStream, Connecting, Connector, Pipelined, PipelinedFuture,
+    PipelinedSettings, SystemConnector,
+};
+pub use ttl::Ttl;
+pub use value::{CasToken, Payload, Value};

@@ -1,0 +1,833 @@
+//! The queue of requests of one connection, as a state machine without I/O, clocks or wakers of
+//! its own.
+//!
+//! A request is *queued* by [`enqueue`](Pipeline::enqueue), *in flight* once
+//! [`take`](Pipeline::take) has put it into a batch to be written, and *settled* by exactly one of
+//! its reply, its time-out, or the end of its connection. Whoever asked holds a [`Ticket`] and
+//! either [`poll`](Pipeline::poll)s the outcome out with it or [`abandon`](Pipeline::abandon)s it:
+//! a queued request is then never written; one in flight keeps its place in the order of replies,
+//! and its late reply is discarded.
+//!
+//! Replies come in the order of requests; each must also carry the opaque that its request was
+//! given. `W` is whatever wakes a waiter.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::IoSlice;
+use std::num::NonZeroU32;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use slab::Slab;
+use tokio::time::Instant;
+
+use super::reply::{Code, Failure, Header, Reply};
+use super::{Limits, Violation, encode, reply};
+use crate::error::{Charge, Error, ErrorKind, Result, Sent};
+use crate::request::Operation;
+use crate::response::{CasOutcome, Response};
+use crate::value::{CasToken, Value};
+
+/// More counters than any memcached reports.
+const MAX_STATS: usize = 4096;
+
+/// A buffer grown beyond this by a burst is not kept, in bytes.
+const KEPT_CAPACITY: usize = 256 * 1024;
+
+/// A claim on one request's outcome. Not `Clone`: it is used up by taking the outcome, or by
+/// abandoning it.
+#[derive(Debug)]
+pub(crate) struct Ticket(usize);
+
+/// Requests cut off the queue, to be written in order.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    /// The bytes of the requests, without large values.
+    heads: BytesMut,
+    bodies: VecDeque<Body>,
+}
+
+/// A large value, sent from where it is.
+#[derive(Debug)]
+struct Body {
+    /// How many bytes of `heads` go before it.
+    after: usize,
+    value: Bytes,
+    /// The `\r\n` behind it.
+    end: &'static [u8],
+}
+
+impl Batch {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.heads.is_empty() && self.bodies.is_empty()
+    }
+
+    /// Fills `slices` with what is to be written next and says how many it filled.
+    pub(crate) fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        let mut heads = &self.heads[..];
+        let mut parts = slices.iter_mut();
+        let mut filled = 0;
+        let mut put = |part: &'a [u8]| {
+            if part.is_empty() {
+                return true;
+            }
+            let Some(slice) = parts.next() else {
+                return false;
+            };
+            *slice = IoSlice::new(part);
+            filled += 1;
+            true
+        };
+        for body in &self.bodies {
+            let (before, behind) = heads.split_at(body.after);
+            heads = behind;
+            if !(put(before) && put(&body.value) && put(body.end)) {
+                return filled;
+            }
+        }
+        put(heads);
+        filled
+    }
+
+    /// Forgets what was written.
+    pub(crate) fn advance(&mut self, mut written: usize) {
+        while let Some(body) = self.bodies.front_mut() {
+            let heads = written.min(body.after);
+            self.heads.advance(heads);
+            body.after -= heads;
+            written -= heads;
+            if body.after > 0 {
+                return;
+            }
+            let value = written.min(body.value.len());
+            body.value.advance(value);
+            written -= value;
+            let end = written.min(body.end.len());
+            body.end = &body.end[end..];
+            written -= end;
+            if !body.value.is_empty() || !body.end.is_empty() {
+                return;
+            }
+            self.bodies.pop_front();
+        }
+        self.heads.advance(written);
+        if self.heads.is_empty() {
+            // Back to the front of its memory, to be filled again.
+            self.heads.clear();
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Pipeline<W> {
+    limits: Limits,
+    /// The node's identity, for CAS tokens.
+    node: NonZeroU32,
+    /// What tickets point to.
+    claims: Slab<Claim<W>>,
+    /// Requests in order: the first `in_flight` of them are taken, the rest queued.
+    requests: VecDeque<Entry>,
+    in_flight: usize,
+    /// The bytes of the queued ones.
+    heads: BytesMut,
+    /// Large values among the queued ones, in bytes.
+    queued_bodies: usize,
+    /// Queued requests that may have to be left out when taken: their caller is gone, or they are
+    /// bound to a connection that may be replaced.
+    doubtful: usize,
+    next_serial: u64,
+    next_opaque: u32,
+    /// This connection's number among the node's, counted as established; 0 before the first.
+    connection: u32,
+    /// Misses carry an opaque too (a matter of the server's version).
+    opaque_on_miss: bool,
+    /// Positions in this connection's stream of sent bytes: up to where requests were taken, and
+    /// up to where the kernel has them.
+    taken: u64,
+    written: u64,
+    /// No deadline of a waiter is before this.
+    earliest_deadline: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum Claim<W> {
+    Waiting {
+        waiter: Option<W>,
+        /// The request's, by which it is found.
+        serial: u64,
+    },
+    Settled(Result<Response>),
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// Ascending along the queue.
+    serial: u64,
+    /// `None` once nobody waits for it any more: abandoned, or settled by its time-out.
+    claim: Option<usize>,
+    deadline: Instant,
+    /// Whether it is still to be judged at its deadline. A caller who left before does not want
+    /// it judged; one who left *because* of the deadline does.
+    watched: bool,
+    opaque: u32,
+    expect: Expect,
+    /// Its bytes in `heads` while queued.
+    head: usize,
+    body: Option<Bytes>,
+    /// Set when taken:
+    start: u64,
+    sent_at: Option<Instant>,
+    /// The node's newest connection then.
+    newest: u32,
+}
+
+/// What would answer a request, with what has come of it so far.
+#[derive(Debug)]
+enum Expect {
+    Value { with_cas: bool },
+    Values(Box<Batched>),
+    Stored,
+    Swapped { newest_allowed: u32 },
+    Deleted,
+    Touched,
+    Counter,
+    Version,
+    Flushed,
+    Stats(Box<BTreeMap<String, String>>),
+}
+
+#[derive(Debug)]
+struct Batched {
+    count: usize,
+    /// Replies come in the order of the keys, so the keys before this one are settled: those that
+    /// nothing came for are misses.
+    settled: usize,
+    outcomes: Vec<Result<Option<Value>>>,
+}
+
+impl Expect {
+    fn new(operation: &Operation) -> Self {
+        match operation {
+            Operation::Get { with_cas, .. } => Self::Value {
+                with_cas: *with_cas,
+            },
+            Operation::GetAndTouch { .. } => Self::Value { with_cas: false },
+            Operation::GetMany { keys } => Self::Values(Box::new(Batched {
+                count: keys.len(),
+                settled: 0,
+                outcomes: vec![Ok(None); keys.len()],
+            })),
+            Operation::Store { .. } => Self::Stored,
+            Operation::CompareAndSwap { token, .. } => Self::Swapped {
+                newest_allowed: token.connection,
+            },
+            Operation::Delete { .. } => Self::Deleted,
+            Operation::Touch { .. } => Self::Touched,
+            Operation::Arithmetic { .. } => Self::Counter,
+            Operation::Version => Self::Version,
+            Operation::FlushAll => Self::Flushed,
+            Operation::Stats => Self::Stats(Box::default()),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Value { .. } => "a read",
+            Self::Values(_) => "a multi-key read",
+            Self::Stored | Self::Swapped { .. } => "a write",
+            Self::Deleted => "a delete",
+            Self::Touched => "a touch",
+            Self::Counter => "arithmetic",
+            Self::Version => "version",
+            Self::Flushed => "flush_all",
+            Self::Stats(_) => "stats",
+        }
+    }
+}
+
+impl Entry {
+    /// Its caller is gone; what comes for it is discarded.
+    fn leave(&mut self, watched: bool) {
+        self.claim = None;
+        self.watched = watched;
+        if let Expect::Values(batched) = &mut self.expect {
+            batched.outcomes = Vec::new();
+        }
+    }
+}
+
+impl<W> Pipeline<W> {
+    pub(crate) fn new(limits: Limits, node: NonZeroU32) -> Self {
+        Self {
+            limits,
+            node,
+            claims: Slab::new(),
+            requests: VecDeque::new(),
+            in_flight: 0,
+            heads: BytesMut::new(),
+            queued_bodies: 0,
+            doubtful: 0,
+            next_serial: 0,
+            next_opaque: 1,
+            connection: 0,
+            opaque_on_miss: true,
+            taken: 0,
+            written: 0,
+            earliest_deadline: None,
+        }
+    }
+
+    /// Begins a new connection: the number it has among the node's, and whether the server
+    /// echoes opaques on misses. What is queued goes over it.
+    pub(crate) fn connected(&mut self, number: u32, opaque_on_miss: bool) {
+        debug_assert_eq!(self.in_flight, 0, "the old connection was closed first");
+        self.connection = number;
+        self.opaque_on_miss = opaque_on_miss;
+        self.taken = 0;
+        self.written = 0;
+    }
+
+    /// The number of the connection it sends over, or of the last one.
+    pub(crate) fn connection(&self) -> u32 {
+        self.connection
+    }
+
+    pub(crate) fn has_queued(&self) -> bool {
+        self.requests.len() > self.in_flight
+    }
+
+    /// When the oldest request without a reply was taken, however long its caller has been gone.
+    pub(crate) fn oldest_sent_at(&self) -> Option<Instant> {
+        let oldest = self.requests.front().filter(|_| self.in_flight > 0)?;
+        oldest.sent_at
+    }
+
+    /// [`expire`](Self::expire) has nothing to do before this.
+    pub(crate) fn earliest_deadline(&self) -> Option<Instant> {
+        self.earliest_deadline
+    }
+
+    /// Puts a request at the end of the queue.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Overloaded`] if the queue is full.
+    pub(crate) fn enqueue(
+        &mut self,
+        operation: &Operation,
+        deadline: Instant,
+        waiter: Option<W>,
+    ) -> Result<Ticket> {
+        if self.requests.len() >= self.limits.requests {
+            return Err(Error::new(
+                ErrorKind::Overloaded,
+                "the connection's queue is full",
+            ));
+        }
+        let queued = self.heads.len() + self.queued_bodies;
+        if queued + operation.payload_len() > self.limits.queued_bytes && queued > 0 {
+            return Err(Error::new(
+                ErrorKind::Overloaded,
+                "the connection's queue holds its limit of bytes",
+            ));
+        }
+        let expect = Expect::new(operation);
+        let opaque = self.next_opaque;
+        let opaques = match &expect {
+            Expect::Values(batched) => batched.count as u32,
+            _ => 1,
+        };
+        self.next_opaque = opaque.wrapping_add(opaques);
+        let before = self.heads.len();
+        let body = encode(operation, opaque, &mut self.heads);
+        self.queued_bodies += body.as_ref().map_or(0, Bytes::len);
+        self.doubtful += usize::from(matches!(expect, Expect::Swapped { .. }));
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        let claim = self.claims.insert(Claim::Waiting {
+            waiter,
+            serial,
+        });
+        self.requests.push_back(Entry {
+            serial,
+            claim: Some(claim),
+            deadline,
+            watched: true,
+            opaque,
+            expect,
+            head: self.heads.len() - before,
+            body,
+            start: 0,
+            sent_at: None,
+            newest: 0,
+        });
+        self.earliest_deadline = Some(
+            self.earliest_deadline
+                .map_or(deadline, |known| known.min(deadline)),
+        );
+        Ok(Ticket(claim))
+    }
+
+    /// The outcome, if there is one; it uses the ticket up. Otherwise `wait` is given the place
+    /// for the waiter.
+    pub(crate) fn poll(
+        &mut self,
+        ticket: &Ticket,
+        wait: impl FnOnce(&mut Option<W>),
+    ) -> Option<Result<Response>> {
+        if let Claim::Waiting { waiter, .. } = &mut self.claims[ticket.0] {
+            wait(waiter);
+            return None;
+        }
+        match self.claims.remove(ticket.0) {
+            Claim::Settled(outcome) => Some(outcome),
+            Claim::Waiting { .. } => unreachable!("ruled out three lines above"),
+        }
+    }
+
+    /// The caller is gone. A queued request will not be written; one in flight keeps its place.
+    pub(crate) fn abandon(&mut self, ticket: Ticket) {
+        if let Some(index) = self.release(&ticket) {
+            self.requests[index].leave(false);
+        }
+    }
+
+    /// For a caller that finds its deadline passed before the connection's timer did: the outcome
+    /// if there is one after all, else a time-out that is charged to nobody and tells whether the
+    /// request was sent. Uses the ticket up.
+    pub(crate) fn give_up(&mut self, ticket: Ticket) -> Result<Response> {
+        if let Some(outcome) = self.poll(&ticket, |_| {}) {
+            return outcome;
+        }
+        let Some(index) = self.release(&ticket) else {
+            return Err(timeout(Sent::No));
+        };
+        let sent = self.sent(&self.requests[index]);
+        let entry = &mut self.requests[index];
+        let outcome = timed_out(entry, sent, Charge::Nobody);
+        entry.leave(true);
+        outcome
+    }
+
+    /// Frees a claim; the index of its request if that is still there.
+    fn release(&mut self, ticket: &Ticket) -> Option<usize> {
+        let Claim::Waiting { serial, .. } = self.claims.remove(ticket.0) else {
+            return None;
+        };
+        let index = self
+            .requests
+            .binary_search_by_key(&serial, |entry| entry.serial)
+            .ok()?;
+        if index >= self.in_flight {
+            self.doubtful += 1;
+            // Callers that come and go while nothing can be taken must not fill the queue.
+            let queued = self.requests.len() - self.in_flight;
+            if self.doubtful > 32 && self.doubtful > queued / 2 {
+                self.requests[index].leave(false);
+                self.sweep();
+                return None;
+            }
+        }
+        Some(index)
+    }
+
+    /// Moves everything queued into `batch`, to be written in full before the next one.
+    /// `newest` is the node's newest connection. Says whether there is anything to write, and
+    /// hands out waiters of requests that were settled without being sent.
+    pub(crate) fn take(
+        &mut self,
+        batch: &mut Batch,
+        now: Instant,
+        newest: u32,
+        woken: &mut Vec<W>,
+    ) -> bool {
+        debug_assert!(batch.is_empty(), "the one before was written in full");
+        if self.doubtful > 0 {
+            self.refuse_outdated_swaps(woken);
+            self.sweep();
+        }
+        if !self.has_queued() {
+            return false;
+        }
+        let mut since_body = 0;
+        for entry in self.requests.range_mut(self.in_flight..) {
+            entry.start = self.taken;
+            entry.sent_at = Some(now);
+            entry.newest = newest;
+            self.taken += entry.head as u64;
+            since_body += entry.head;
+            if let Some(body) = entry.body.take() {
+                self.taken += body.len() as u64 + 2;
+                batch.bodies.push_back(Body {
+                    after: std::mem::take(&mut since_body),
+                    value: body,
+                    end: b"\r\n",
+                });
+            }
+        }
+        std::mem::swap(&mut self.heads, &mut batch.heads);
+        if self.heads.capacity() > KEPT_CAPACITY {
+            self.heads = BytesMut::new();
+        }
+        self.queued_bodies = 0;
+        self.in_flight = self.requests.len();
+        true
+    }
+
+    /// The kernel took so many more bytes.
+    pub(crate) fn wrote(&mut self, bytes: usize) {
+        self.written += bytes as u64;
+    }
+
+    /// Compare-and-swaps that may no longer go over this connection end as [`CasOutcome::Exists`].
+    fn refuse_outdated_swaps(&mut self, woken: &mut Vec<W>) {
+        for index in self.in_flight..self.requests.len() {
+            let entry = &mut self.requests[index];
+            if let Expect::Swapped { newest_allowed } = entry.expect
+                && self.connection > newest_allowed
+                && let Some(claim) = entry.claim.take()
+            {
+                let outcome = Ok(Response::Swapped(CasOutcome::Exists));
+                woken.extend(settle(&mut self.claims, claim, outcome));
+            }
+        }
+    }
+
+    /// Drops the queued requests that nobody waits for.
+    fn sweep(&mut self) {
+        let mut alive = BytesMut::with_capacity(self.heads.len());
+        let mut at = 0;
+        self.doubtful = 0;
+        for entry in self.requests.split_off(self.in_flight) {
+            let bytes = &self.heads[at..at + entry.head];
+            at += entry.head;
+            if entry.claim.is_some() {
+                alive.extend_from_slice(bytes);
+                self.doubtful += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
+                self.requests.push_back(entry);
+            } else {
+                self.queued_bodies -= entry.body.as_ref().map_or(0, Bytes::len);
+            }
+        }
+        self.heads = alive;
+    }
+
+    /// Matches a reply to the oldest request in flight, and hands out its waiter if that settles
+    /// it. Says whether it is the answer to a request whose time has not run out.
+    ///
+    /// # Errors
+    /// After a [`Violation`] the connection must be [closed](Self::close).
+    pub(crate) fn reply(&mut self, reply: Reply, woken: &mut Vec<W>) -> Result<bool, Violation> {
+        let Some(entry) = self.requests.front_mut().filter(|_| self.in_flight > 0) else {
+            return Err(Violation::Unsolicited(reply.name()));
+        };
+        let token = CasToken {
+            node: self.node,
+            connection: entry.newest,
+            unique: 0,
+        };
+        let (outcome, violation) = match answer(entry, reply, self.opaque_on_miss, token)? {
+            Answer::More => return Ok(entry.watched),
+            Answer::Final(outcome) => (outcome, None),
+            Answer::Fatal(outcome, violation) => (outcome, Some(violation)),
+        };
+        if let Some(claim) = entry.claim {
+            woken.extend(settle(&mut self.claims, claim, outcome));
+        }
+        let timely = entry.watched;
+        self.requests.pop_front();
+        self.in_flight -= 1;
+        violation.map_or(Ok(timely), Err)
+    }
+
+    /// Settles every request whose deadline is not after `now`, as a time-out. `charge` says
+    /// whether the node can be blamed for those that were sent; `charged` is told when each was.
+    pub(crate) fn expire(
+        &mut self,
+        now: Instant,
+        charge: Charge,
+        woken: &mut Vec<W>,
+        mut charged: impl FnMut(Instant),
+    ) {
+        let mut earliest: Option<Instant> = None;
+        for index in 0..self.requests.len() {
+            let sent = self.sent(&self.requests[index]);
+            let entry = &mut self.requests[index];
+            if !entry.watched {
+                continue;
+            }
+            if entry.deadline > now {
+                let known = earliest.unwrap_or(entry.deadline);
+                earliest = Some(known.min(entry.deadline));
+                continue;
+            }
+            entry.watched = false;
+            match entry.sent_at {
+                Some(sent_at) if sent != Sent::No && charge == Charge::Node => charged(sent_at),
+                Some(_) => {}
+                None => self.doubtful += 1,
+            }
+            if let Some(claim) = entry.claim.take() {
+                let outcome = timed_out(entry, sent, charge);
+                woken.extend(settle(&mut self.claims, claim, outcome));
+            }
+        }
+        self.earliest_deadline = earliest;
+    }
+
+    /// The connection has ended: everything in flight ends with `error`, which is given whether
+    /// it may have been executed. What is queued stays for the next connection.
+    pub(crate) fn close(&mut self, error: &Error, woken: &mut Vec<W>) {
+        for _ in 0..self.in_flight {
+            let Some(mut entry) = self.requests.pop_front() else {
+                break;
+            };
+            let sent = self.sent(&entry);
+            if let Some(claim) = entry.claim {
+                let outcome = interrupted(&mut entry, error.clone().with_sent(sent));
+                woken.extend(settle(&mut self.claims, claim, outcome));
+            }
+        }
+        self.in_flight = 0;
+        self.taken = 0;
+        self.written = 0;
+    }
+
+    /// Ends everything queued with `error`; nothing of it was sent.
+    pub(crate) fn fail_queued(&mut self, error: &Error, woken: &mut Vec<W>) {
+        for entry in self.requests.drain(self.in_flight..) {
+            if let Some(claim) = entry.claim {
+                let outcome = Err(error.clone().with_sent(Sent::No));
+                woken.extend(settle(&mut self.claims, claim, outcome));
+            }
+        }
+        self.heads.clear();
+        self.queued_bodies = 0;
+        self.doubtful = 0;
+    }
+
+    fn sent(&self, entry: &Entry) -> Sent {
+        if entry.sent_at.is_some() && entry.start < self.written {
+            Sent::Maybe
+        } else {
+            Sent::No
+        }
+    }
+}
+
+fn settle<W>(claims: &mut Slab<Claim<W>>, claim: usize, outcome: Result<Response>) -> Option<W> {
+    match std::mem::replace(&mut claims[claim], Claim::Settled(outcome)) {
+        Claim::Waiting { waiter, .. } => waiter,
+        Claim::Settled(_) => None,
+    }
+}
+
+fn timeout(sent: Sent) -> Error {
+    let message = match sent {
+        Sent::No => "it waited in our queue for all of its time",
+        Sent::Maybe | Sent::Yes => "no answer in time",
+    };
+    Error::new(ErrorKind::Timeout, message).with_sent(sent)
+}
+
+fn timed_out(entry: &mut Entry, sent: Sent, charge: Charge) -> Result<Response> {
+    let charge = match sent {
+        Sent::No => Charge::Nobody,
+        Sent::Maybe | Sent::Yes => charge,
+    };
+    interrupted(entry, timeout(sent).charged_to(charge))
+}
+
+/// What a request that will get no further reply ends with: of a multi-key read, what has come is
+/// kept.
+fn interrupted(entry: &mut Entry, error: Error) -> Result<Response> {
+    match &mut entry.expect {
+        Expect::Values(batched) if batched.settled > 0 => {
+            let mut outcomes = std::mem::take(&mut batched.outcomes);
+            for outcome in outcomes.iter_mut().skip(batched.settled) {
+                *outcome = Err(error.clone());
+            }
+            Ok(Response::Values(outcomes))
+        }
+        _ => Err(error),
+    }
+}
+
+enum Answer {
+    /// There is more to come.
+    More,
+    Final(Result<Response>),
+    /// It is answered, and nothing behind it can be trusted.
+    Fatal(Result<Response>, Violation),
+}
+
+/// What `reply` means to the request that is next in line; `token` lacks only the unique number.
+fn answer(
+    entry: &mut Entry,
+    reply: Reply,
+    opaque_on_miss: bool,
+    token: CasToken,
+) -> Result<Answer, Violation> {
+    if let Expect::Values(batched) = &mut entry.expect {
+        return batched.answer(entry.opaque, reply);
+    }
+    check_opaque(entry.opaque, &reply, opaque_on_miss)?;
+    let response = match (&mut entry.expect, reply) {
+        (Expect::Value { with_cas }, Reply::Value { header, data }) => {
+            let cas = header.cas.filter(|_| *with_cas);
+            let cas = cas.map(|unique| CasToken { unique, ..token });
+            Response::Value(value(header, data, cas))
+        }
+        (Expect::Value { .. }, Reply::Code { code: Code::Miss, .. }) => Response::Value(None),
+        (_, Reply::TooLarge { length, .. }) => return Ok(Answer::Final(Err(too_large(length)))),
+
+        (Expect::Stored, Reply::Code { code, .. }) => match code {
+            Code::Done => Response::Stored(true),
+            // NF is what an append to nothing gets from some versions.
+            Code::NotStored | Code::NotFound => Response::Stored(false),
+            code => return Err(wrong_kind(entry, code)),
+        },
+        (Expect::Swapped { .. }, Reply::Code { code, .. }) => Response::Swapped(match code {
+            Code::Done => CasOutcome::Stored,
+            Code::Exists => CasOutcome::Exists,
+            Code::NotFound => CasOutcome::NotFound,
+            code => return Err(wrong_kind(entry, code)),
+        }),
+        (Expect::Deleted, Reply::Code { code, .. }) => match code {
+            Code::Done => Response::Deleted(true),
+            Code::NotFound => Response::Deleted(false),
+            code => return Err(wrong_kind(entry, code)),
+        },
+        (Expect::Touched, Reply::Code { code, .. }) => match code {
+            Code::Done => Response::Touched(true),
+            Code::Miss => Response::Touched(false),
+            code => return Err(wrong_kind(entry, code)),
+        },
+        (Expect::Counter, Reply::Value { data, .. }) => {
+            // decr leaves spaces behind a number that got shorter.
+            match reply::number(data.trim_ascii_end()) {
+                Some(number) => Response::Counter(Some(number)),
+                None => return Err(Violation::Unparsable(data.escape_ascii().to_string())),
+            }
+        }
+        (Expect::Counter, Reply::Code { code: Code::NotFound, .. }) => Response::Counter(None),
+
+        (Expect::Version, Reply::Version(version)) => Response::Version(version),
+        (Expect::Flushed, Reply::Ok) => Response::Flushed,
+        (Expect::Stats(stats), Reply::Stat(name, counter)) if stats.len() < MAX_STATS => {
+            stats.insert(name, counter);
+            return Ok(Answer::More);
+        }
+        (Expect::Stats(stats), Reply::StatsEnd) => Response::Stats(std::mem::take(stats)),
+
+        (_, Reply::Failure(failure, text)) => return failed(entry, failure, text),
+        (expect, reply) => {
+            return Err(Violation::WrongKind {
+                request: expect.name(),
+                found: reply.name(),
+            });
+        }
+    };
+    Ok(Answer::Final(Ok(response)))
+}
+
+fn check_opaque(expected: u32, reply: &Reply, opaque_on_miss: bool) -> Result<(), Violation> {
+    let found = match reply {
+        // Before 1.6.18 a miss carries none. It can do no more harm than a miss, and a stream out
+        // of step is found out by the next reply that carries one.
+        Reply::Code { code: Code::Miss, header } if !opaque_on_miss && header.opaque.is_none() => {
+            return Ok(());
+        }
+        Reply::Value { header, .. } | Reply::TooLarge { header, .. } | Reply::Code { header, .. } => {
+            header.opaque
+        }
+        // The lines of the classic protocol carry none.
+        _ => return Ok(()),
+    };
+    if found == Some(expected) {
+        Ok(())
+    } else {
+        Err(Violation::WrongOpaque { expected, found })
+    }
+}
+
+fn value(header: Header, data: Bytes, cas: Option<CasToken>) -> Option<Value> {
+    // The placeholder of somebody's lease: there is no value yet.
+    if header.leased && data.is_empty() {
+        return None;
+    }
+    Some(Value::new(data, header.client_flags).with_cas(cas))
+}
+
+fn too_large(length: u64) -> Error {
+    let message = format!("the stored value has {length} bytes, over this client's limit");
+    Error::new(ErrorKind::ValueTooLarge, message).with_sent(Sent::Yes)
+}
+
+fn wrong_kind(entry: &Entry, code: Code) -> Violation {
+    let reply = Reply::Code {
+        code,
+        header: Header::default(),
+    };
+    Violation::WrongKind {
+        request: entry.expect.name(),
+        found: reply.name(),
+    }
+}
+
+/// An error line, to a request that is not a multi-key read.
+fn failed(entry: &Entry, failure: Failure, text: String) -> Result<Answer, Violation> {
+    let kind = match failure {
+        // We only send commands that every supported version knows.
+        Failure::UnknownCommand => {
+            return Err(Violation::WrongKind {
+                request: entry.expect.name(),
+                found: "ERROR",
+            });
+        }
+        Failure::Client if text.contains("non-numeric") => ErrorKind::NotANumber,
+        Failure::Client => ErrorKind::Rejected,
+        Failure::Server if text.contains("too large") => ErrorKind::ValueTooLarge,
+        Failure::Server => ErrorKind::Server,
+    };
+    let writes = matches!(entry.expect, Expect::Stored | Expect::Swapped { .. });
+    let outcome = Err(Error::new(kind, text.clone()).with_sent(Sent::Yes));
+    Ok(if failure == Failure::Client && writes {
+        Answer::Fatal(outcome, Violation::FramingLost(text))
+    } else {
+        Answer::Final(outcome)
+    })
+}
+
+impl Batched {
+    /// Hits carry the opaque of their key and come in order; misses are silent; `MN` is the end.
+    fn answer(&mut self, first: u32, reply: Reply) -> Result<Answer, Violation> {
+        let (header, outcome) = match reply {
+            Reply::Value { header, data } => (header, Ok(value(header, data, None))),
+            Reply::TooLarge { header, length } => (header, Err(too_large(length))),
+            Reply::BatchEnd => {
+                let outcomes = std::mem::take(&mut self.outcomes);
+                return Ok(Answer::Final(Ok(Response::Values(outcomes))));
+            }
+            Reply::Failure(_, text) => return Err(Violation::ErrorInBatch(text)),
+            other => {
+                return Err(Violation::WrongKind {
+                    request: "a multi-key read",
+                    found: other.name(),
+                });
+            }
+        };
+        let index = header.opaque.map(|opaque| opaque.wrapping_sub(first) as usize);
+        match index.filter(|index| (self.settled..self.count).contains(index)) {
+            Some(index) => {
+                self.settled = index + 1;
+                // Empty when its caller has gone or timed out: what comes late is discarded.
+                if let Some(slot) = self.outcomes.get_mut(index) {
+                    *slot = outcome;
+                }
+                Ok(Answer::More)
+            }
+            None => Err(Violation::WrongOpaque {
+                expected: first.wrapping_add(self.settled as u32),
+                found: header.opaque,
+            }),
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Bytes to replies. Nothing here knows what was asked; see [`Pipeline`](super::Pipeline) for that.
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use memchr::memchr;
+
+use super::{ABSURD_LENGTH, MAX_LINE, Violation};
+
+/// One reply, or one line of a longer one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Reply {
+    /// `VA`: a value.
+    Value { header: Header, data: Bytes },
+    /// `VA` of more bytes than we take; they were skipped.
+    TooLarge { header: Header, length: u64 },
+    /// A meta reply without a value.
+    Code { code: Code, header: Header },
+    /// `MN`: all replies to a quiet batch are out.
+    BatchEnd,
+    Version(String),
+    Ok,
+    Stat(String, String),
+    StatsEnd,
+    /// `ERROR`, `CLIENT_ERROR` or `SERVER_ERROR`. None of them carries an opaque.
+    Failure(Failure, String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// `HD`: done.
+    Done,
+    /// `EN`: a miss of `mg`.
+    Miss,
+    /// `NF`: not found.
+    NotFound,
+    /// `NS`: the condition of a write does not hold.
+    NotStored,
+    /// `EX`: another version is there.
+    Exists,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    UnknownCommand,
+    Client,
+    Server,
+}
+
+/// The flags of a meta reply that we asked for or must understand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) opaque: Option<u32>,
+    pub(crate) client_flags: u32,
+    pub(crate) cas: Option<u64>,
+    /// `W` or `Z`: somebody holds a lease on it. With an empty value it is a placeholder, which is
+    /// a miss to anybody who did not ask for leases.
+    pub(crate) leased: bool,
+}
+
+impl Reply {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Value { .. } | Self::TooLarge { .. } => "VA",
+            Self::Code { code, .. } => match code {
+                Code::Done => "HD",
+                Code::Miss => "EN",
+                Code::NotFound => "NF",
+                Code::NotStored => "NS",
+                Code::Exists => "EX",
+            },
+            Self::BatchEnd => "MN",
+            Self::Version(_) => "VERSION",
+            Self::Ok => "OK",
+            Self::Stat(..) => "STAT",
+            Self::StatsEnd => "END",
+            Self::Failure(Failure::UnknownCommand, _) => "ERROR",
+            Self::Failure(Failure::Client, _) => "CLIENT_ERROR",
+            Self::Failure(Failure::Server, _) => "SERVER_ERROR",
+        }
+    }
+}
+
+/// Cuts a byte stream into [`Reply`]s, whatever the pieces it arrives in.
+#[derive(Debug)]
+pub(crate) struct Parser {
+    max_value: usize,
+    state: State,
+    /// How much of the buffer is known to hold no end of line, so that a slow drip of bytes is
+    /// not searched again and again.
+    searched: usize,
+}
+
+#[derive(Debug)]
+enum State {
+    Line,
+    Value { header: Header, length: usize },
+    Skip { header: Header, length: u64, left: u64 },
+}
+
+impl Parser {
+    pub(crate) fn new(max_value: usize) -> Self {
+        Self {
+            max_value,
+            state: State::Line,
+            searched: 0,
+        }
+    }
+
+    /// Takes the next whole reply off the front of `buffer`, or says that more bytes are needed.
+    /// After an error the stream has no meaning any more.
+    pub(crate) fn parse(&mut self, buffer: &mut BytesMut) -> Result<Option<Reply>, Violation> {
+        loop {
+            match self.state {
+                State::Line => {
+                    let Some(line) = self.line(buffer)? else {
+                        return Ok(None);
+                    };
+                    let parsed = Line::parse(&buffer[..line]);
+                    buffer.advance(line + 2);
+                    match parsed? {
+                        Line::Whole(reply) => return Ok(Some(reply)),
+                        Line::Value { header, length } => {
+                            self.state = self.expect_value(header, length)?;
+                        }
+                    }
+                }
+                State::Value { header, length } => {
+                    let total = length + 2;
+                    if buffer.len() < total {
+                        // Bounded by max_value, checked before we came here.
+                        buffer.reserve(total - buffer.len());
+                        return Ok(None);
+                    }
+                    if buffer[length..total] != *b"\r\n" {
+                        return Err(Violation::UnterminatedValue);
+                    }
+                    let data = take_value(buffer, length);
+                    self.state = State::Line;
+                    return Ok(Some(Reply::Value { header, data }));
+                }
+                State::Skip { header, length, left } => {
+                    let skipped = left.min(buffer.len() as u64);
+                    buffer.advance(skipped as usize);
+                    let left = left - skipped;
+                    if left > 0 {
+                        self.state = State::Skip { header, length, left };
+                        return Ok(None);
+                    }
+                    self.state = State::Line;
+                    return Ok(Some(Reply::TooLarge { header, length }));
+                }
+            }
+        }
+    }
+
+    fn expect_value(&self, header: Header, length: u64) -> Result<State, Violation> {
+        if length > ABSURD_LENGTH {
+            return Err(Violation::AbsurdLength(length));
+        }
+        Ok(match usize::try_from(length) {
+            Ok(length) if length <= self.max_value => State::Value { header, length },
+            _ => State::Skip {
+                header,
+                length,
+                left: length + 2,
+            },
+        })
+    }
+
+    /// The length of the next line, without its end.
+    fn line(&mut self, buffer: &BytesMut) -> Result<Option<usize>, Violation> {
+        match memchr(b'\n', &buffer[self.searched..]) {
+            Some(found) => {
+                let end = self.searched + found;
+                self.searched = 0;
+                if end > MAX_LINE {
+                    return Err(Violation::LineTooLong);
+                }
+                match end.checked_sub(1) {
+                    Some(line) if buffer[line] == b'\r' => Ok(Some(line)),
+                    _ => Err(unparsable(&buffer[..end])),
+                }
+            }
+            None if buffer.len() > MAX_LINE => Err(Violation::LineTooLong),
+            None => {
+                self.searched = buffer.len();
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// A value that fills much of the buffer is cut out of it without copying; a small one is copied,
+/// because holding on to it must not hold on to the whole buffer.
+fn take_value(buffer: &mut BytesMut, length: usize) -> Bytes {
+    if length >= buffer.capacity() / 2 {
+        let data = buffer.split_to(length).freeze();
+        buffer.advance(2);
+        data
+    } else {
+        let data = Bytes::copy_from_slice(&buffer[..length]);
+        buffer.advance(length + 2);
+        data
+    }
+}
+
+fn unparsable(line: &[u8]) -> Violation {
+    let shown = &line[..line.len().min(64)];
+    Violation::Unparsable(shown.escape_ascii().to_string())
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+enum Line {
+    Whole(Reply),
+    Value { header: Header, length: u64 },
+}
+
+impl Line {
+    fn parse(line: &[u8]) -> Result<Self, Violation> {
+        let (word, rest) = match memchr(b' ', line) {
+            Some(space) => (&line[..space], &line[space + 1..]),
+            None => (line, &line[line.len()..]),
+        };
+        let code = match word {
+            b"VA" => {
+                let (length, flags) = match memchr(b' ', rest) {
+                    Some(space) => (&rest[..space], &rest[space + 1..]),
+                    None => (rest, &rest[rest.len()..]),
+                };
+                return Ok(Self::Value {
+                    length: number(length).ok_or_else(|| unparsable(line))?,
+                    header: header(flags).ok_or_else(|| unparsable(line))?,
+                });
+            }
+            b"HD" => Code::Done,
+            b"EN" => Code::Miss,
+            b"NF" => Code::NotFound,
+            b"NS" => Code::NotStored,
+            b"EX" => Code::Exists,
+            _ => return Self::other(word, rest).ok_or_else(|| unparsable(line)),
+        };
+        let header = header(rest).ok_or_else(|| unparsable(line))?;
+        Ok(Self::Whole(Reply::Code { code, header }))
+    }
+
+    fn other(word: &[u8], rest: &[u8]) -> Option<Self> {
+        Some(Self::Whole(match word {
+            b"MN" if rest.is_empty() => Reply::BatchEnd,
+            b"OK" if rest.is_empty() => Reply::Ok,
+            b"END" if rest.is_empty() => Reply::StatsEnd,
+            b"VERSION" => Reply::Version(text(rest)),
+            b"STAT" => {
+                let space = memchr(b' ', rest).unwrap_or(rest.len());
+                let value = rest.get(space + 1..).unwrap_or_default();
+                Reply::Stat(text(&rest[..space]), text(value))
+            }
+            b"ERROR" => Reply::Failure(Failure::UnknownCommand, text(rest)),
+            b"CLIENT_ERROR" => Reply::Failure(Failure::Client, text(rest)),
+            b"SERVER_ERROR" => Reply::Failure(Failure::Server, text(rest)),
+            _ => return None,
+        }))
+    }
+}
+
+/// The flags behind a meta reply. Flags we never ask for are refused, a key above all: such a
+/// reply is not an answer to us.
+fn header(flags: &[u8]) -> Option<Header> {
+    let mut header = Header::default();
+    for flag in flags.split(|&byte| byte == b' ') {
+        match flag {
+            // memcached ends some lines with a space.
+            [] => {}
+            [b'O', digits @ ..] if header.opaque.is_none() => {
+                header.opaque = Some(u32::try_from(number(digits)?).ok()?);
+            }
+            [b'f', digits @ ..] => header.client_flags = u32::try_from(number(digits)?).ok()?,
+            [b'c', digits @ ..] => header.cas = Some(number(digits)?),
+            b"W" | b"Z" => header.leased = true,
+            // Stale (marked by an invalidating delete), and the echo of a base64 key's flag.
+            b"X" | b"b" => {}
+            _ => return None,
+        }
+    }
+    Some(header)
+}
+
+/// A decimal number with nothing around it.
+pub(super) fn number(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() || digits.len() > 20 {
+        return None;
+    }
+    digits.iter().try_fold(0u64, |number, byte| {
+        let digit = byte.wrapping_sub(b'0');
+        if digit > 9 {
+            return None;
+        }
+        number.checked_mul(10)?.checked_add(u64::from(digit))
+    })
+}

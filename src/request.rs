@@ -1,0 +1,320 @@
+//! What flows down the stack of layers.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use crate::key::Key;
+use crate::ttl::Ttl;
+use crate::value::{CasToken, Payload};
+
+/// What is asked of the cache.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Operation {
+    /// Read a value; answered with [`Response::Value`](crate::Response::Value).
+    Get {
+        /// Which.
+        key: Key,
+        /// Whether to read its CAS token too.
+        with_cas: bool,
+    },
+    /// Read many values at once; answered with [`Response::Values`](crate::Response::Values), in
+    /// the order of the keys.
+    GetMany {
+        /// Which.
+        keys: Arc<[Key]>,
+    },
+    /// Read a value and give it a new TTL; answered with
+    /// [`Response::Value`](crate::Response::Value).
+    GetAndTouch {
+        /// Which.
+        key: Key,
+        /// Its new TTL.
+        ttl: Ttl,
+    },
+    /// Write a value; answered with [`Response::Stored`](crate::Response::Stored).
+    Store {
+        /// Under what condition, and how.
+        mode: StoreMode,
+        /// Where.
+        key: Key,
+        /// What.
+        payload: Payload,
+        /// For how long; append and prepend leave the TTL as it is.
+        ttl: Ttl,
+    },
+    /// Write a value if it is still the one that was read; answered with
+    /// [`Response::Swapped`](crate::Response::Swapped).
+    CompareAndSwap {
+        /// Where.
+        key: Key,
+        /// What.
+        payload: Payload,
+        /// For how long.
+        ttl: Ttl,
+        /// The version that must still be there.
+        token: CasToken,
+    },
+    /// Remove a value; answered with [`Response::Deleted`](crate::Response::Deleted).
+    Delete {
+        /// Which.
+        key: Key,
+    },
+    /// Give a value a new TTL; answered with [`Response::Touched`](crate::Response::Touched).
+    Touch {
+        /// Which.
+        key: Key,
+        /// Its new TTL.
+        ttl: Ttl,
+    },
+    /// Add to or subtract from a decimal number; answered with
+    /// [`Response::Counter`](crate::Response::Counter).
+    Arithmetic {
+        /// Which.
+        key: Key,
+        /// By how much.
+        delta: u64,
+        /// Up, wrapping at 2^64, or down, stopping at 0: as memcached does.
+        direction: Direction,
+    },
+    /// Ask each node for its version; [`Response::Version`](crate::Response::Version).
+    Version,
+    /// Remove everything from each node; [`Response::Flushed`](crate::Response::Flushed).
+    FlushAll,
+    /// Ask each node for its counters; [`Response::Stats`](crate::Response::Stats).
+    Stats,
+}
+
+/// How a value is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StoreMode {
+    /// Whatever is there.
+    Set,
+    /// Only where nothing is.
+    Add,
+    /// Only where something is.
+    Replace,
+    /// Behind what is there.
+    Append,
+    /// Before what is there.
+    Prepend,
+}
+
+/// Which way a counter goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Add.
+    Up,
+    /// Subtract.
+    Down,
+}
+
+impl Operation {
+    /// The key that decides where it goes; `None` for operations on many keys or on every node.
+    #[must_use]
+    pub fn key(&self) -> Option<&Key> {
+        match self {
+            Self::Get { key, .. }
+            | Self::GetAndTouch { key, .. }
+            | Self::Store { key, .. }
+            | Self::CompareAndSwap { key, .. }
+            | Self::Delete { key }
+            | Self::Touch { key, .. }
+            | Self::Arithmetic { key, .. } => Some(key),
+            Self::GetMany { .. } | Self::Version | Self::FlushAll | Self::Stats => None,
+        }
+    }
+
+    /// A short lower-case name, for metrics and logs.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Get { with_cas: false, .. } => "get",
+            Self::Get { with_cas: true, .. } => "gets",
+            Self::GetMany { .. } => "get_many",
+            Self::GetAndTouch { .. } => "get_and_touch",
+            Self::Store { mode, .. } => match mode {
+                StoreMode::Set => "set",
+                StoreMode::Add => "add",
+                StoreMode::Replace => "replace",
+                StoreMode::Append => "append",
+                StoreMode::Prepend => "prepend",
+            },
+            Self::CompareAndSwap { .. } => "cas",
+            Self::Delete { .. } => "delete",
+            Self::Touch { .. } => "touch",
+            Self::Arithmetic { direction: Direction::Up, .. } => "increment",
+            Self::Arithmetic { direction: Direction::Down, .. } => "decrement",
+            Self::Version => "version",
+            Self::FlushAll => "flush_all",
+            Self::Stats => "stats",
+        }
+    }
+
+    /// Whether it may be sent to another node, or again, after an attempt whose outcome is
+    /// unknown: get, gets, get_many, get_and_touch, set, replace, delete and touch. Never add (it
+    /// must not succeed beside an original that it cannot see), append, prepend, counters or cas.
+    #[must_use]
+    pub fn is_movable(&self) -> bool {
+        match self {
+            Self::Get { .. }
+            | Self::GetMany { .. }
+            | Self::GetAndTouch { .. }
+            | Self::Delete { .. }
+            | Self::Touch { .. } => true,
+            Self::Store { mode, .. } => matches!(mode, StoreMode::Set | StoreMode::Replace),
+            Self::CompareAndSwap { .. }
+            | Self::Arithmetic { .. }
+            | Self::Version
+            | Self::FlushAll
+            | Self::Stats => false,
+        }
+    }
+
+    /// Caps the TTL it sets, if it sets one.
+    pub(crate) fn cap_ttl(&mut self, limit: std::time::Duration) {
+        match self {
+            Self::Store { ttl, .. }
+            | Self::GetAndTouch { ttl, .. }
+            | Self::Touch { ttl, .. }
+            | Self::CompareAndSwap { ttl, .. } => *ttl = ttl.at_most(limit),
+            Self::Get { .. }
+            | Self::GetMany { .. }
+            | Self::Delete { .. }
+            | Self::Arithmetic { .. }
+            | Self::Version
+            | Self::FlushAll
+            | Self::Stats => {}
+        }
+    }
+
+    /// The largest value it carries, in bytes.
+    pub(crate) fn payload_len(&self) -> usize {
+        match self {
+            Self::Store { payload, .. } | Self::CompareAndSwap { payload, .. } => {
+                payload.data().len()
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// Whose request it is at the node that gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The key's own node.
+    Home,
+    /// Another node's, moved here while that one is out. It may use half of the in-flight limit,
+    /// so that one node's outage cannot crowd out another node's own keys.
+    Moved,
+}
+
+/// An [`Operation`] with its deadline: what every layer's service takes.
+#[derive(Clone, Debug)]
+pub struct Request {
+    operation: Operation,
+    deadline: Option<Instant>,
+    origin: Origin,
+}
+
+impl Request {
+    /// A request without a deadline; [`Client`](crate::Client) stamps one on each.
+    #[must_use]
+    pub fn new(operation: Operation) -> Self {
+        Self {
+            operation,
+            deadline: None,
+            origin: Origin::Home,
+        }
+    }
+
+    /// Sets the moment by which it must have ended. Layers may bring it forward, never put it off:
+    /// of two deadlines the earlier stays.
+    #[must_use]
+    pub fn with_deadline(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(self.deadline.map_or(deadline, |known| known.min(deadline)));
+        self
+    }
+
+    pub(crate) fn with_origin(mut self, origin: Origin) -> Self {
+        self.origin = origin;
+        self
+    }
+
+    /// What is asked.
+    #[must_use]
+    pub fn operation(&self) -> &Operation {
+        &self.operation
+    }
+
+    /// What is asked, to be changed by a layer (a prefix before the key, another TTL).
+    pub fn operation_mut(&mut self) -> &mut Operation {
+        &mut self.operation
+    }
+
+    /// What is asked, by value.
+    #[must_use]
+    pub fn into_operation(self) -> Operation {
+        self.operation
+    }
+
+    /// When it must have ended.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+}
+
+impl From<Operation> for Request {
+    fn from(operation: Operation) -> Self {
+        Self::new(operation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn only_what_may_run_twice_is_movable() {
+        let key = Key::new("k").unwrap();
+        let store = |mode| Operation::Store {
+            mode,
+            key: key.clone(),
+            payload: "v".into(),
+            ttl: Ttl::NEVER,
+        };
+        let movable = [
+            Operation::Get { key: key.clone(), with_cas: true },
+            Operation::Delete { key: key.clone() },
+            Operation::Touch { key: key.clone(), ttl: Ttl::NEVER },
+            Operation::GetAndTouch { key: key.clone(), ttl: Ttl::NEVER },
+            store(StoreMode::Set),
+            store(StoreMode::Replace),
+        ];
+        assert!(movable.iter().all(Operation::is_movable));
+        let pinned = [
+            store(StoreMode::Add),
+            store(StoreMode::Append),
+            store(StoreMode::Prepend),
+            Operation::Arithmetic { key: key.clone(), delta: 1, direction: Direction::Up },
+            Operation::FlushAll,
+        ];
+        assert!(!pinned.iter().any(Operation::is_movable));
+    }
+
+    #[test]
+    fn a_layer_cannot_put_a_deadline_off() {
+        let now = Instant::now();
+        let (soon, late) = (now + Duration::from_millis(1), now + Duration::from_secs(1));
+        let request = Request::new(Operation::Version).with_deadline(soon).with_deadline(late);
+        assert_eq!(request.deadline(), Some(soon));
+    }
+}

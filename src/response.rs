@@ -1,0 +1,74 @@
+//! What flows back up.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::value::Value;
+
+/// The answer to a [`Request`](crate::Request); which variant is fixed by the operation.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Response {
+    /// To `Get` and `GetAndTouch`: the value, or `None` for a miss.
+    Value(Option<Value>),
+    /// To `GetMany`: one outcome for each key, in the order of the keys.
+    Values(Vec<Result<Option<Value>>>),
+    /// To `Store`: whether the condition held and the value is stored.
+    Stored(bool),
+    /// To `CompareAndSwap`.
+    Swapped(CasOutcome),
+    /// To `Delete`: whether there was something.
+    Deleted(bool),
+    /// To `Touch`: whether there was something.
+    Touched(bool),
+    /// To `Arithmetic`: the new number, or `None` for a miss.
+    Counter(Option<u64>),
+    /// To `Version`, from one node.
+    Version(String),
+    /// To `FlushAll`, from one node.
+    Flushed,
+    /// To `Stats`, from one node.
+    Stats(BTreeMap<String, String>),
+    /// To `Version`, `FlushAll` and `Stats` from a cluster: each node's own answer.
+    Nodes(Vec<NodeResult<Self>>),
+}
+
+/// What one node answered.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NodeResult<T> {
+    /// The node, as it is named in the configuration.
+    pub node: Arc<str>,
+    /// Its answer.
+    pub result: Result<T>,
+}
+
+impl<T> NodeResult<T> {
+    pub(crate) fn new(node: Arc<str>, result: Result<T>) -> Self {
+        Self { node, result }
+    }
+}
+
+/// How a compare-and-swap ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CasOutcome {
+    /// The value was still the one that was read; the new one is stored.
+    Stored,
+    /// It was not, or it can no longer be told (the connection the token came over is gone, or
+    /// the key's node is another one now). Read again and decide anew.
+    Exists,
+    /// There is no value.
+    NotFound,
+}
+
+impl Response {
+    /// The node's failure in an answer that is otherwise one: a multi-key read that ended before
+    /// its last key.
+    pub(crate) fn partial_failure(&self) -> Option<&Error> {
+        match self {
+            Self::Values(outcomes) => outcomes.iter().find_map(|outcome| outcome.as_ref().err()),
+            _ => None,
+        }
+    }
+}

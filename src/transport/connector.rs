@@ -1,0 +1,116 @@
+//! The seam to the network: how a byte stream to an address is made.
+
+use std::io;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, lookup_host};
+
+use super::Address;
+
+/// A byte stream to a server.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+
+/// What a [`Connector`] makes. Connecting is rare, so it is boxed and the client's type stays
+/// simple.
+pub type BoxStream = Box<dyn ByteStream>;
+
+/// The making of a stream.
+pub type Connecting = BoxFuture<'static, io::Result<BoxStream>>;
+
+/// Makes byte streams to nodes. The default is [`SystemConnector`]; a network simulation, or a
+/// fault-injecting test, brings its own.
+///
+/// The connecting future runs on the client's executor, is dropped when the connect timeout has
+/// passed, and must not block. One connect at a time is made for each connection of a node.
+pub trait Connector: Send + Sync + 'static {
+    /// Starts connecting. An error counts against the node, except those that are this machine's
+    /// own: too many open files, no free ports.
+    fn connect(&self, address: &Address) -> Connecting;
+}
+
+/// TCP with `TCP_NODELAY` (requests are batched already, and a delayed small write would wait for
+/// the acknowledgement of the one before), and Unix sockets. Host names are resolved at each connect, and
+/// their addresses tried one after the other.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemConnector(());
+
+impl SystemConnector {
+    /// There is nothing to set.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+/// How long one of several addresses of a name may take before the next one is tried as well.
+/// RFC 8305 (Happy Eyeballs) recommends 250 ms and permits down to 10; our whole connect is
+/// allowed 60 ms by default.
+const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(15);
+
+impl Connector for SystemConnector {
+    fn connect(&self, address: &Address) -> Connecting {
+        if let Some(path) = address.unix_path() {
+            let path = path.to_owned();
+            return Box::pin(async move { unix(&path).await });
+        }
+        let (host, port) = address
+            .host_and_port()
+            .map(|(host, port)| (host.to_owned(), port))
+            .unwrap_or_default();
+        Box::pin(async move {
+            let addresses: Vec<_> = lookup_host((host.as_str(), port)).await?.collect();
+            let stream = first_to_connect(addresses).await?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream) as BoxStream)
+        })
+    }
+}
+
+/// Tries the addresses in order: the next one as soon as one fails, or is slow, without giving
+/// the slow one up.
+async fn first_to_connect(addresses: Vec<std::net::SocketAddr>) -> io::Result<TcpStream> {
+    use futures::StreamExt as _;
+    use futures::stream::FuturesUnordered;
+
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut left = addresses.into_iter();
+    let mut trying = FuturesUnordered::new();
+    loop {
+        match left.next() {
+            Some(address) => trying.push(TcpStream::connect(address)),
+            None if trying.is_empty() => return Err(failure),
+            None => {}
+        }
+        let more = left.len() > 0;
+        let outcome = if more {
+            match tokio::time::timeout(NEXT_ADDRESS_AFTER, trying.next()).await {
+                Ok(outcome) => outcome,
+                Err(_slow) => continue,
+            }
+        } else {
+            trying.next().await
+        };
+        match outcome {
+            Some(Ok(stream)) => return Ok(stream),
+            Some(Err(error)) => failure = error,
+            None => {}
+        }
+    }
+}
+
+#[cfg(unix)]
+async fn unix(path: &std::path::Path) -> io::Result<BoxStream> {
+    Ok(Box::new(tokio::net::UnixStream::connect(path).await?))
+}
+
+#[cfg(not(unix))]
+async fn unix(_path: &std::path::Path) -> io::Result<BoxStream> {
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        "this system has no Unix sockets",
+    ))
+}

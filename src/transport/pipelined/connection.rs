@@ -1,0 +1,501 @@
+//! A connection's task: connects when there is something to send, then reads, writes and keeps
+//! the time of one connection until it ends, and so on until the last handle is gone.
+
+use std::future::{Future, poll_fn};
+use std::io::IoSlice;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::connect::{ConnectFailure, Connected, connect};
+use super::slot::{Node, Phase, Slot};
+use super::{Event, PipelinedSettings};
+use crate::error::{Charge, Error, ErrorKind, Sent};
+use crate::protocol::{Batch, Parser, Reply, Violation};
+use crate::transport::BoxStream;
+
+/// A timer that fires later than this shows that *we* were late: the request it ends has run out
+/// of time, but nobody is to blame. tokio's timers have a granularity of 1 ms.
+pub(super) const LATE: Duration = Duration::from_millis(5);
+
+/// The least room for a read.
+const READ_SIZE: usize = 16 * 1024;
+
+/// The usual size of the read buffer: a few hundred small replies.
+const READ_BUFFER: usize = 64 * 1024;
+
+/// Reads in a row before writes and timers get their turn.
+const READS_IN_A_ROW: usize = 16;
+
+/// Parts of one write. Linux takes 1,024; a few large values fill the socket anyway.
+const WRITE_SLICES: usize = 32;
+
+/// The wait before a second connect; doubled with each further failure.
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+
+/// A connection that lived this long, or answered something in time, was a good one: its
+/// successor is dialled at once.
+const GOOD_LIFE: Duration = Duration::from_secs(1);
+
+/// Why a connection ended.
+enum End {
+    /// The last handle is gone.
+    Closed,
+    /// The server closed it, or the network did.
+    Lost(Error),
+    /// It said something it should not have.
+    Violated(Violation),
+    /// It does not answer.
+    Unresponsive(Error),
+}
+
+/// The task of slot `index`.
+pub(super) async fn run(node: Arc<Node>, index: usize) {
+    let guard = Guard { node, index };
+    let (node, slot) = (&*guard.node, guard.node.slot(index));
+    // Connects that failed, and connections that came to nothing, in a row.
+    let mut failures = 0;
+    // The connection before did not answer, nor has the present one so far.
+    let mut suspect = false;
+    let mut redial = false;
+    loop {
+        if !redial && !work(slot).await {
+            return;
+        }
+        let Some(outcome) = connect_while_queueing(node, slot).await else {
+            return;
+        };
+        let error = match outcome {
+            Err((failure, error)) => {
+                redial = false;
+                let error = error.at_node(&node.name);
+                let others_up = node.up();
+                // The judgement first, so that what is moved now does not come back here.
+                node.report(Event::ConnectFailed {
+                    failure,
+                    error: &error,
+                    others_up,
+                });
+                error
+            }
+            Ok(connected) => {
+                let since = Instant::now();
+                let mut answered = false;
+                let end = serve(node, slot, connected, &mut answered).await;
+                if answered || since.elapsed() > GOOD_LIFE {
+                    failures = 0;
+                }
+                suspect &= !answered;
+                redial = failures == 0;
+                match end {
+                    End::Closed => return,
+                    End::Lost(error) => error.at_node(&node.name),
+                    End::Violated(violation) => Error::from(violation).at_node(&node.name),
+                    End::Unresponsive(error) => {
+                        let error = error.at_node(&node.name);
+                        let again = std::mem::replace(&mut suspect, true);
+                        node.report(Event::Unresponsive {
+                            error: &error,
+                            again,
+                        });
+                        // What waited behind it has waited long enough.
+                        node.fail_all(slot, &error, Phase::Connecting);
+                        redial |= !again;
+                        error
+                    }
+                }
+            }
+        };
+        if redial {
+            // What is queued goes over the next connection.
+            node.fail_in_flight(slot, &error, Phase::Connecting);
+        } else {
+            let until = Instant::now() + backoff(failures);
+            let broken = Phase::Broken {
+                until,
+                error: error.clone(),
+            };
+            node.fail_all(slot, &error, broken);
+            failures = failures.saturating_add(1);
+        }
+    }
+}
+
+/// Ends what waits for a task that is dropped before its time, because its runtime was shut down
+/// or it panicked. The next request starts a new one, if it can.
+struct Guard {
+    node: Arc<Node>,
+    index: usize,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let error = Error::new(ErrorKind::Shutdown, "the runtime of the connection has ended")
+            .with_sent(Sent::Maybe)
+            .at_node(&self.node.name);
+        let slot = self.node.slot(self.index);
+        self.node.fail_all(slot, &error, Phase::Unstarted);
+    }
+}
+
+/// Half of it fixed, half of it random, so that many clients do not come back at once.
+fn backoff(failures: u32) -> Duration {
+    let full = FIRST_BACKOFF
+        .saturating_mul(1 << failures.min(16))
+        .min(MAX_BACKOFF);
+    full / 2 + (full / 2).mul_f64(fastrand::f64())
+}
+
+/// Waits until something is queued; false when the slot is closed.
+async fn work(slot: &Slot) -> bool {
+    poll_fn(|cx| {
+        let mut state = slot.lock();
+        match state.phase {
+            Phase::Closed => Poll::Ready(false),
+            _ if state.pipeline.has_queued() => {
+                state.phase = Phase::Connecting;
+                Poll::Ready(true)
+            }
+            _ => {
+                state.park(cx.waker());
+                Poll::Pending
+            }
+        }
+    })
+    .await
+}
+
+/// Connects, while requests queue up and may run out of time. `None` when the slot is closed.
+async fn connect_while_queueing(
+    node: &Node,
+    slot: &Slot,
+) -> Option<Result<Connected, (ConnectFailure, Error)>> {
+    let within = node.settings.connect_within();
+    let mut connecting = pin!(connect(&*node.connector, &node.address, within));
+    let mut timer = Timer::new();
+    let mut woken = Vec::new();
+    poll_fn(|cx| {
+        if let Poll::Ready(outcome) = connecting.as_mut().poll(cx) {
+            return Poll::Ready(Some(outcome));
+        }
+        loop {
+            let mut state = slot.lock();
+            if let Phase::Closed = state.phase {
+                return Poll::Ready(None);
+            }
+            let now = Instant::now();
+            state
+                .pipeline
+                .expire(now, Charge::Nobody, &mut woken, |_| {});
+            state.park(cx.waker());
+            let next = state.pipeline.earliest_deadline();
+            drop(state);
+            woken.drain(..).for_each(Waker::wake);
+            if timer.poll(next, cx).is_pending() {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await
+}
+
+/// Runs one connection until it ends.
+async fn serve(node: &Node, slot: &Slot, connected: Connected, answered: &mut bool) -> End {
+    let number = node.connection_up();
+    let closed = {
+        let mut state = slot.lock();
+        let closed = matches!(state.phase, Phase::Closed);
+        if !closed {
+            state.phase = Phase::Up;
+            let opaque_on_miss = connected.version.has_opaque_on_miss();
+            state.pipeline.connected(number, opaque_on_miss);
+        }
+        closed
+    };
+    let end = if closed {
+        End::Closed
+    } else {
+        node.report(Event::Connected);
+        let mut connection = Connection::new(connected.stream, &node.settings);
+        poll_fn(|cx| connection.poll(node, slot, answered, cx)).await
+    };
+    node.connection_down();
+    end
+}
+
+/// A timer that is moved only forward when it must be earlier; firing early costs one look.
+struct Timer {
+    sleep: Option<Pin<Box<Sleep>>>,
+    armed: Option<Instant>,
+}
+
+impl Timer {
+    fn new() -> Self {
+        Self {
+            sleep: None,
+            armed: None,
+        }
+    }
+
+    /// Ready when the time it was armed for has come.
+    fn poll(&mut self, next: Option<Instant>, cx: &mut Context<'_>) -> Poll<Instant> {
+        match (next, self.armed) {
+            (Some(next), armed) if armed.is_none_or(|armed| next < armed) => {
+                self.armed = Some(next);
+                match &mut self.sleep {
+                    Some(sleep) => sleep.as_mut().reset(next),
+                    None => self.sleep = Some(Box::pin(sleep_until(next))),
+                }
+            }
+            (_, None) => return Poll::Pending,
+            _ => {}
+        }
+        match &mut self.sleep {
+            Some(sleep) => {
+                ready!(sleep.as_mut().poll(cx));
+                let fired = self.armed.take();
+                fired.map_or(Poll::Pending, Poll::Ready)
+            }
+            None => Poll::Pending,
+        }
+    }
+}
+
+/// Time-outs in a row, by when their requests were sent.
+#[derive(Clone, Copy)]
+struct Streak {
+    first: Instant,
+    last: Instant,
+    count: u32,
+}
+
+struct Connection {
+    stream: BoxStream,
+    parser: Parser,
+    input: BytesMut,
+    batch: Batch,
+    /// The task has let others run once since something was queued, so that they could queue
+    /// more: the batch is written after one such yield.
+    yielded: bool,
+    timer: Timer,
+    /// When the last byte came, or when it could first have come.
+    heard_at: Instant,
+    streak: Option<Streak>,
+    attempt_timeout: Duration,
+    stall_timeout: Duration,
+    timeouts_to_close: u32,
+    /// Kept for their memory.
+    replies: Vec<Reply>,
+    woken: Vec<Waker>,
+}
+
+impl Connection {
+    fn new(stream: BoxStream, settings: &PipelinedSettings) -> Self {
+        Self {
+            stream,
+            parser: Parser::new(settings.limits.value),
+            input: BytesMut::with_capacity(READ_BUFFER),
+            batch: Batch::default(),
+            yielded: false,
+            timer: Timer::new(),
+            heard_at: Instant::now(),
+            streak: None,
+            attempt_timeout: settings.attempt_timeout,
+            stall_timeout: settings.stall_after(),
+            timeouts_to_close: settings.timeouts_to_close,
+            replies: Vec::new(),
+            woken: Vec::new(),
+        }
+    }
+
+    /// Reading comes first: what has arrived must be known before a time-out is judged, and
+    /// before the end of the stream is.
+    fn poll(
+        &mut self,
+        node: &Node,
+        slot: &Slot,
+        answered: &mut bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<End> {
+        let ended = self.read(slot, answered, cx);
+        if let Some(end) = ended {
+            return Poll::Ready(end);
+        }
+        if let Err(error) = self.write(node, slot, cx) {
+            // Its last replies may still be on their way up.
+            let end = self.read(slot, answered, cx);
+            return Poll::Ready(end.unwrap_or_else(|| lost("writing failed", error)));
+        }
+        loop {
+            let state = slot.lock();
+            if let Phase::Closed = state.phase {
+                return Poll::Ready(End::Closed);
+            }
+            let stalls_at = state.pipeline.oldest_sent_at().map(|oldest| self.stalls_at(oldest));
+            let next = [state.pipeline.earliest_deadline(), stalls_at]
+                .into_iter()
+                .flatten()
+                .min();
+            drop(state);
+            let fired = ready!(self.timer.poll(next, cx));
+            if let Some(end) = self.judge(slot, fired) {
+                return Poll::Ready(end);
+            }
+        }
+    }
+
+    fn stalls_at(&self, oldest_sent_at: Instant) -> Instant {
+        oldest_sent_at.max(self.heard_at) + self.stall_timeout
+    }
+
+    /// Reads until there is nothing more, and settles what was answered.
+    fn read(&mut self, slot: &Slot, answered: &mut bool, cx: &mut Context<'_>) -> Option<End> {
+        for _ in 0..READS_IN_A_ROW {
+            if self.input.capacity() - self.input.len() < READ_SIZE {
+                self.input.reserve(READ_BUFFER - READ_SIZE);
+            }
+            let read = pin!(self.stream.read_buf(&mut self.input)).poll(cx);
+            match read {
+                Poll::Pending => return None,
+                Poll::Ready(Ok(0)) => {
+                    return Some(lost("the server closed it", std::io::ErrorKind::UnexpectedEof.into()));
+                }
+                Poll::Ready(Ok(_)) => self.heard_at = Instant::now(),
+                Poll::Ready(Err(error)) => return Some(lost("reading failed", error)),
+            }
+            if let Err(violation) = self.settle(slot, answered) {
+                return Some(End::Violated(violation));
+            }
+        }
+        // Still more: come back once writes and timers had their turn.
+        cx.waker().wake_by_ref();
+        None
+    }
+
+    /// Parses without the lock, settles under it, wakes after it.
+    fn settle(&mut self, slot: &Slot, answered: &mut bool) -> Result<(), Violation> {
+        let mut parsed = Ok(());
+        loop {
+            match self.parser.parse(&mut self.input) {
+                Ok(Some(reply)) => self.replies.push(reply),
+                Ok(None) => break,
+                Err(violation) => {
+                    parsed = Err(violation);
+                    break;
+                }
+            }
+        }
+        if !self.replies.is_empty() {
+            let mut timely = false;
+            let mut state = slot.lock();
+            for reply in self.replies.drain(..) {
+                match state.pipeline.reply(reply, &mut self.woken) {
+                    Ok(in_time) => timely |= in_time,
+                    Err(violation) => {
+                        parsed = Err(violation);
+                        break;
+                    }
+                }
+            }
+            drop(state);
+            if timely {
+                self.streak = None;
+                *answered = true;
+            }
+            self.woken.drain(..).for_each(Waker::wake);
+        }
+        parsed
+    }
+
+    /// Writes what is queued until the socket takes no more.
+    fn write(&mut self, node: &Node, slot: &Slot, cx: &mut Context<'_>) -> std::io::Result<()> {
+        loop {
+            if self.batch.is_empty() {
+                let mut state = slot.lock();
+                if !state.pipeline.has_queued() {
+                    self.yielded = false;
+                    state.park(cx.waker());
+                    return Ok(());
+                }
+                if !self.yielded {
+                    self.yielded = true;
+                    cx.waker().wake_by_ref();
+                    return Ok(());
+                }
+                self.yielded = false;
+                let (now, newest) = (Instant::now(), node.newest());
+                state
+                    .pipeline
+                    .take(&mut self.batch, now, newest, &mut self.woken);
+                drop(state);
+                self.woken.drain(..).for_each(Waker::wake);
+                continue;
+            }
+            let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
+            let filled = self.batch.slices(&mut slices);
+            let stream = Pin::new(&mut self.stream);
+            let written = match stream.poll_write_vectored(cx, &slices[..filled]) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(Ok(0)) => return Err(std::io::ErrorKind::WriteZero.into()),
+                Poll::Ready(written) => written?,
+            };
+            self.batch.advance(written);
+            slot.lock().pipeline.wrote(written);
+        }
+    }
+
+    /// Something was due at `due`: time-outs, or the end of a stalled connection.
+    fn judge(&mut self, slot: &Slot, due: Instant) -> Option<End> {
+        let now = Instant::now();
+        let late = now > due + LATE;
+        let charge = if late { Charge::Nobody } else { Charge::Node };
+        let streak = &mut self.streak;
+        let mut state = slot.lock();
+        state.pipeline.expire(now, charge, &mut self.woken, |sent_at| {
+            let streak = streak.get_or_insert(Streak {
+                first: sent_at,
+                last: sent_at,
+                count: 0,
+            });
+            streak.last = streak.last.max(sent_at);
+            streak.count += 1;
+        });
+        let oldest = state.pipeline.oldest_sent_at();
+        drop(state);
+        self.woken.drain(..).for_each(Waker::wake);
+        if late {
+            // What we did not do in time says nothing about the server: it gets its time again.
+            self.heard_at = now;
+            return None;
+        }
+        if oldest.is_some_and(|oldest| self.stalls_at(oldest) <= now) {
+            let message = format!("no byte received for {:?}", self.stall_timeout);
+            return Some(unresponsive(message));
+        }
+        let streak = self.streak?;
+        // A burst that times out together is one event, not many.
+        let spread = streak.last - streak.first;
+        if streak.count >= self.timeouts_to_close && spread >= self.attempt_timeout {
+            let message = format!("{} time-outs in a row", streak.count);
+            return Some(unresponsive(message));
+        }
+        None
+    }
+}
+
+fn lost(what: &'static str, error: std::io::Error) -> End {
+    let message = format!("{what}: {error}");
+    let lost = Error::new(ErrorKind::ConnectionLost, message).charged_to(Charge::Node);
+    End::Lost(lost.with_source(error))
+}
+
+fn unresponsive(message: String) -> End {
+    let error = Error::new(ErrorKind::Unresponsive, message).charged_to(Charge::Node);
+    End::Unresponsive(error)
+}

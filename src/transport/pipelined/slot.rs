@@ -1,0 +1,451 @@
+//! Where callers and a connection's task meet: the queue under its lock, and the future of one
+//! request.
+
+use std::fmt;
+use std::future::Future;
+use std::num::NonZeroU32;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use tokio::time::Instant;
+
+use super::{Event, Observer, PipelinedSettings, connection};
+use crate::error::{Error, ErrorKind, Result, Sent};
+use crate::executor::Spawner;
+use crate::protocol::{Pipeline, Ticket};
+use crate::request::{Operation, Request};
+use crate::response::{CasOutcome, Response};
+use crate::transport::{Address, Connector};
+use crate::value::CasToken;
+
+/// What a node's connections are made of.
+#[derive(Clone)]
+pub(crate) struct Parts {
+    pub(crate) name: Arc<str>,
+    pub(crate) address: Address,
+    pub(crate) settings: PipelinedSettings,
+    pub(crate) connector: Arc<dyn Connector>,
+    pub(crate) spawner: Spawner,
+    pub(crate) observer: Option<Observer>,
+}
+
+/// The handles' side of one node: dropped with the last of them, which ends the tasks.
+pub(super) struct Pool {
+    node: Arc<Node>,
+    spawner: Spawner,
+    next: AtomicUsize,
+}
+
+/// What the connections' tasks share with the handles. It does not own the executor, whose
+/// threads would otherwise keep themselves running.
+pub(super) struct Node {
+    pub(super) name: Arc<str>,
+    pub(super) address: Address,
+    pub(super) settings: PipelinedSettings,
+    pub(super) connector: Arc<dyn Connector>,
+    observer: Option<Observer>,
+    number: NonZeroU32,
+    slots: Box<[Slot]>,
+    /// Connections are numbered as they are established; this is the newest one's number.
+    newest: AtomicU32,
+    up: AtomicUsize,
+}
+
+/// One connection's place.
+pub(super) struct Slot(Mutex<State>);
+
+pub(super) struct State {
+    pub(super) pipeline: Pipeline<Waker>,
+    pub(super) phase: Phase,
+    /// Wakes the task, when it is parked: it has seen an empty queue and waits.
+    task: Option<Waker>,
+    parked: bool,
+}
+
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// There is no task: nothing was asked of this slot yet, or its runtime is gone.
+    Unstarted,
+    /// The task waits for something to do.
+    Idle,
+    Connecting,
+    Up,
+    /// Connecting failed, and is not tried again before then; until then requests fail with that
+    /// error at once.
+    Broken { until: Instant, error: Error },
+    /// The last handle was dropped, or the client shut down.
+    Closed,
+}
+
+/// What is to be done once the lock is released.
+#[must_use]
+enum Next {
+    Nothing,
+    Wake(Waker),
+    Spawn,
+}
+
+impl Slot {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock is a bug of ours; the queue is no worse than before it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// For the task, when it has nothing to write: whatever is queued next wakes it.
+    pub(super) fn park(&mut self, waker: &Waker) {
+        match &mut self.task {
+            Some(known) => known.clone_from(waker),
+            None => self.task = Some(waker.clone()),
+        }
+        self.parked = true;
+    }
+
+    fn unpark(&mut self) -> Next {
+        if !std::mem::take(&mut self.parked) {
+            return Next::Nothing;
+        }
+        self.task.clone().map_or(Next::Nothing, Next::Wake)
+    }
+
+    /// Makes sure that somebody will see to what is about to be queued.
+    fn prepare(&mut self) -> Result<Next> {
+        match &self.phase {
+            Phase::Unstarted => {
+                self.phase = Phase::Idle;
+                return Ok(Next::Spawn);
+            }
+            Phase::Broken { until, error } => {
+                if Instant::now() < *until {
+                    return Err(error.clone());
+                }
+                self.phase = Phase::Idle;
+            }
+            Phase::Closed => return Err(shut_down()),
+            Phase::Idle | Phase::Connecting | Phase::Up => {}
+        }
+        Ok(self.unpark())
+    }
+}
+
+fn shut_down() -> Error {
+    Error::new(ErrorKind::Shutdown, "the client is shut down")
+}
+
+impl Node {
+    pub(super) fn slot(&self, index: usize) -> &Slot {
+        &self.slots[index]
+    }
+
+    pub(super) fn newest(&self) -> u32 {
+        self.newest.load(Ordering::Acquire)
+    }
+
+    /// Counts a connection as up, and gives it its number.
+    pub(super) fn connection_up(&self) -> u32 {
+        self.up.fetch_add(1, Ordering::Relaxed);
+        self.newest.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    pub(super) fn connection_down(&self) {
+        self.up.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn up(&self) -> usize {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn report(&self, event: Event<'_>) {
+        if let Some(observer) = &self.observer {
+            observer(event);
+        }
+    }
+
+    /// Ends what is queued and in flight in a slot.
+    pub(super) fn fail_all(&self, slot: &Slot, error: &Error, phase: Phase) {
+        self.fail(slot, error, phase, true);
+    }
+
+    /// Ends what is in flight in a slot, and keeps what is queued.
+    pub(super) fn fail_in_flight(&self, slot: &Slot, error: &Error, phase: Phase) {
+        self.fail(slot, error, phase, false);
+    }
+
+    fn fail(&self, slot: &Slot, error: &Error, phase: Phase, queued_too: bool) {
+        let mut woken = Vec::new();
+        let mut state = slot.lock();
+        if !matches!(state.phase, Phase::Closed) {
+            state.phase = phase;
+        }
+        state.pipeline.close(error, &mut woken);
+        if queued_too {
+            state.pipeline.fail_queued(error, &mut woken);
+        }
+        drop(state);
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Pool {
+    pub(super) fn new(parts: Parts, number: NonZeroU32) -> Self {
+        let limits = parts.settings.limits;
+        let slot = |_| {
+            Slot(Mutex::new(State {
+                pipeline: Pipeline::new(limits, number),
+                phase: Phase::Unstarted,
+                task: None,
+                parked: false,
+            }))
+        };
+        Self {
+            node: Arc::new(Node {
+                slots: (0..parts.settings.connections).map(slot).collect(),
+                name: parts.name,
+                address: parts.address,
+                settings: parts.settings,
+                connector: parts.connector,
+                observer: parts.observer,
+                number,
+                newest: AtomicU32::new(0),
+                up: AtomicUsize::new(0),
+            }),
+            spawner: parts.spawner,
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    pub(super) fn up(&self) -> usize {
+        self.node.up()
+    }
+
+    pub(super) fn end_backoff(&self) {
+        for slot in &self.node.slots {
+            let mut state = slot.lock();
+            if let Phase::Broken { .. } = state.phase {
+                state.phase = Phase::Idle;
+            }
+        }
+    }
+
+    pub(super) fn close(&self) {
+        for slot in &self.node.slots {
+            self.node.fail_all(slot, &shut_down(), Phase::Idle);
+            let mut state = slot.lock();
+            state.phase = Phase::Closed;
+            let next = state.unpark();
+            drop(state);
+            if let Next::Wake(waker) = next {
+                waker.wake();
+            }
+        }
+    }
+
+    /// The slot for the next request: one after the other, those that are up before those that
+    /// would have to connect first.
+    fn choose(&self) -> usize {
+        let slots = &self.node.slots;
+        if slots.len() == 1 {
+            return 0;
+        }
+        let first = self.next.fetch_add(1, Ordering::Relaxed) % slots.len();
+        if self.node.up() == slots.len() {
+            return first;
+        }
+        let mut order = (0..slots.len()).map(|offset| (first + offset) % slots.len());
+        // A slot that has never connected is brought up by taking its turn.
+        order
+            .find(|&index| matches!(slots[index].lock().phase, Phase::Up | Phase::Unstarted))
+            .unwrap_or(first)
+    }
+
+    /// A slot whose connection a token may still be used over.
+    fn slot_for(&self, token: CasToken) -> Option<usize> {
+        if token.node != self.node.number {
+            return None;
+        }
+        self.node.slots.iter().position(|slot| {
+            let state = slot.lock();
+            matches!(state.phase, Phase::Up) && state.pipeline.connection() <= token.connection
+        })
+    }
+
+    fn enqueue(
+        &self,
+        index: usize,
+        operation: &Operation,
+        deadline: Instant,
+        waker: &Waker,
+    ) -> Result<Ticket> {
+        let mut state = self.node.slots[index].lock();
+        let next = state.prepare()?;
+        let ticket = state
+            .pipeline
+            .enqueue(operation, deadline, Some(waker.clone()));
+        drop(state);
+        match next {
+            Next::Nothing => {}
+            Next::Wake(waker) => waker.wake(),
+            Next::Spawn => {
+                let task = connection::run(self.node.clone(), index);
+                if let Err(error) = self.spawner.spawn(task) {
+                    let slot = &self.node.slots[index];
+                    self.node.fail_all(slot, &error, Phase::Unstarted);
+                }
+            }
+        }
+        ticket
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("node", &self.node.name)
+            .field("connections_up", &self.up())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The future of one request to a [`Pipelined`](super::Pipelined) node.
+#[derive(Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct PipelinedFuture(Step);
+
+#[derive(Debug)]
+enum Step {
+    Start(Arc<Pool>, Request),
+    Waiting(Waiting),
+    Done,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    pool: Arc<Pool>,
+    slot: usize,
+    /// Taken when the outcome is.
+    ticket: Option<Ticket>,
+    /// When the caller stops waiting if the connection's own timer has not spoken by then.
+    give_up_at: Instant,
+}
+
+impl PipelinedFuture {
+    pub(super) fn new(pool: Arc<Pool>, request: Request) -> Self {
+        Self(Step::Start(pool, request))
+    }
+}
+
+impl Future for PipelinedFuture {
+    type Output = Result<Response>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let polled = match &mut self.0 {
+            Step::Start(..) => match std::mem::replace(&mut self.0, Step::Done) {
+                Step::Start(pool, request) => match start(pool, &request, cx) {
+                    Ok(Started::Waiting(waiting)) => {
+                        self.0 = Step::Waiting(waiting);
+                        return Poll::Pending;
+                    }
+                    Ok(Started::Answered(response)) => Poll::Ready(Ok(response)),
+                    Err(error) => Poll::Ready(Err(error)),
+                },
+                _ => unreachable!("matched one line above"),
+            },
+            Step::Waiting(waiting) => waiting.poll(cx),
+            Step::Done => panic!("polled after completion"),
+        };
+        if polled.is_ready() {
+            self.0 = Step::Done;
+        }
+        polled
+    }
+}
+
+enum Started {
+    Waiting(Waiting),
+    Answered(Response),
+}
+
+fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Started> {
+    let node = &pool.node;
+    let settings = &node.settings;
+    let operation = request.operation();
+    let name = |error: Error| error.at_node(&node.name);
+
+    let length = operation.payload_len();
+    if length > settings.limits.value {
+        let limit = settings.limits.value;
+        let message = format!("a value of {length} bytes is over the limit of {limit}");
+        return Err(name(Error::new(ErrorKind::ValueTooLarge, message)));
+    }
+    let slot = match operation {
+        Operation::CompareAndSwap { token, .. } => match pool.slot_for(*token) {
+            Some(slot) => slot,
+            None => return Ok(Started::Answered(Response::Swapped(CasOutcome::Exists))),
+        },
+        Operation::GetMany { keys } if keys.is_empty() => {
+            return Ok(Started::Answered(Response::Values(Vec::new())));
+        }
+        _ => pool.choose(),
+    };
+    let now = Instant::now();
+    let attempt_ends = now + settings.attempt_timeout;
+    let (deadline, give_up_at) = match request.deadline() {
+        Some(ends) if ends <= now => {
+            let error = Error::new(ErrorKind::Timeout, "its deadline has passed");
+            return Err(name(error.with_sent(Sent::No)));
+        }
+        Some(ends) if ends <= attempt_ends => (ends, ends),
+        // The connection's timer judges, and should speak first; it may be late.
+        Some(ends) => (attempt_ends, ends.min(attempt_ends + connection::LATE)),
+        None => (attempt_ends, attempt_ends + connection::LATE),
+    };
+    let ticket = pool.enqueue(slot, operation, deadline, cx.waker()).map_err(name)?;
+    Ok(Started::Waiting(Waiting {
+        pool,
+        slot,
+        ticket: Some(ticket),
+        give_up_at,
+    }))
+}
+
+impl Waiting {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let Some(ticket) = self.ticket.take() else {
+            panic!("polled after completion");
+        };
+        let node = &self.pool.node;
+        let mut state = node.slot(self.slot).lock();
+        let outcome = state.pipeline.poll(&ticket, |waiter| match waiter {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => *waiter = Some(cx.waker().clone()),
+        });
+        let outcome = match outcome {
+            Some(outcome) => outcome,
+            None if Instant::now() >= self.give_up_at => state.pipeline.give_up(ticket),
+            None => {
+                self.ticket = Some(ticket);
+                return Poll::Pending;
+            }
+        };
+        drop(state);
+        Poll::Ready(outcome.map_err(|error| error.at_node(&node.name)))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            let mut state = self.pool.node.slot(self.slot).lock();
+            state.pipeline.abandon(ticket);
+        }
+    }
+}

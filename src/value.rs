@@ -1,0 +1,253 @@
+//! Values: what is stored, and what comes back.
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::ops::Deref;
+
+use bytes::Bytes;
+
+/// A value as the cache had it: bytes, the client flags stored with them, and a CAS token when it
+/// was asked for ([`Client::gets`](crate::Client::gets)). Dereferences to `[u8]`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Value {
+    data: Bytes,
+    flags: u32,
+    cas: Option<CasToken>,
+}
+
+impl Value {
+    /// A value made by hand, for layers and tests.
+    #[must_use]
+    pub fn new(data: impl Into<Bytes>, flags: u32) -> Self {
+        Self {
+            data: data.into(),
+            flags,
+            cas: None,
+        }
+    }
+
+    pub(crate) fn with_cas(mut self, cas: Option<CasToken>) -> Self {
+        self.cas = cas;
+        self
+    }
+
+    /// The 32-bit client flags stored with the value; 0 unless the writer set them
+    /// ([`Payload::with_flags`]).
+    #[must_use]
+    pub fn flags(&self) -> u32 {
+        self.flags
+    }
+
+    /// The token for [`Client::cas`](crate::Client::cas); present on values from `gets`.
+    #[must_use]
+    pub fn cas(&self) -> Option<CasToken> {
+        self.cas
+    }
+
+    /// The bytes, without copying.
+    #[must_use]
+    pub fn into_bytes(self) -> Bytes {
+        self.data
+    }
+}
+
+impl Deref for Value {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+impl AsRef<[u8]> for Value {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+impl From<Value> for Bytes {
+    fn from(value: Value) -> Self {
+        value.data
+    }
+}
+
+impl PartialEq<[u8]> for Value {
+    fn eq(&self, other: &[u8]) -> bool {
+        *self.data == *other
+    }
+}
+
+impl PartialEq<&[u8]> for Value {
+    fn eq(&self, other: &&[u8]) -> bool {
+        *self.data == **other
+    }
+}
+
+impl<const N: usize> PartialEq<&[u8; N]> for Value {
+    fn eq(&self, other: &&[u8; N]) -> bool {
+        *self.data == other[..]
+    }
+}
+
+impl PartialEq<str> for Value {
+    fn eq(&self, other: &str) -> bool {
+        *self.data == *other.as_bytes()
+    }
+}
+
+impl PartialEq<&str> for Value {
+    fn eq(&self, other: &&str) -> bool {
+        *self.data == *other.as_bytes()
+    }
+}
+
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Value")
+            .field("data", &self.data)
+            .field("flags", &self.flags)
+            .field("cas", &self.cas)
+            .finish()
+    }
+}
+
+/// What is to be stored: bytes and client flags. Every writing operation takes
+/// `impl Into<Payload>`: text, byte literals, slices, vectors, [`Bytes`], or a [`Value`] that was
+/// read (with its flags). Only [`Bytes`] and owned vectors and strings avoid a copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Payload {
+    data: Bytes,
+    flags: u32,
+}
+
+impl Payload {
+    /// Sets the client flags stored with the bytes, 0 by default. memcached keeps 32 bits and
+    /// silently truncates more, so there are no more here.
+    #[must_use]
+    pub fn with_flags(mut self, flags: u32) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    /// The bytes to be stored.
+    #[must_use]
+    pub fn data(&self) -> &Bytes {
+        &self.data
+    }
+
+    /// The client flags to be stored.
+    #[must_use]
+    pub fn flags(&self) -> u32 {
+        self.flags
+    }
+}
+
+impl From<Bytes> for Payload {
+    fn from(data: Bytes) -> Self {
+        Self { data, flags: 0 }
+    }
+}
+
+impl From<&Bytes> for Payload {
+    fn from(data: &Bytes) -> Self {
+        data.clone().into()
+    }
+}
+
+impl From<Vec<u8>> for Payload {
+    fn from(data: Vec<u8>) -> Self {
+        Bytes::from(data).into()
+    }
+}
+
+impl From<String> for Payload {
+    fn from(data: String) -> Self {
+        Bytes::from(data).into()
+    }
+}
+
+impl From<&[u8]> for Payload {
+    fn from(data: &[u8]) -> Self {
+        Bytes::copy_from_slice(data).into()
+    }
+}
+
+impl<const N: usize> From<&[u8; N]> for Payload {
+    fn from(data: &[u8; N]) -> Self {
+        data[..].into()
+    }
+}
+
+impl From<&str> for Payload {
+    fn from(data: &str) -> Self {
+        data.as_bytes().into()
+    }
+}
+
+impl From<&String> for Payload {
+    fn from(data: &String) -> Self {
+        data.as_bytes().into()
+    }
+}
+
+impl From<Value> for Payload {
+    fn from(value: Value) -> Self {
+        Self {
+            data: value.data,
+            flags: value.flags,
+        }
+    }
+}
+
+impl From<Payload> for Value {
+    fn from(payload: Payload) -> Self {
+        Self::new(payload.data, payload.flags)
+    }
+}
+
+/// Identifies a version of a value *at one node, as of one moment*.
+///
+/// The number the server gives is not enough: a restarted memcached counts from 1 again, and an
+/// old number then matches another value (measured; the store succeeds). So a token remembers the
+/// node and the newest connection to it at that time, and is only ever sent over a connection
+/// that is no newer. Anywhere else [`Client::cas`](crate::Client::cas) answers
+/// [`CasOutcome::Exists`](crate::CasOutcome::Exists) without sending it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CasToken {
+    pub(crate) node: NonZeroU32,
+    /// The newest connection number of the node when the read was sent.
+    pub(crate) connection: u32,
+    pub(crate) unique: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_is_made_from_what_callers_have() {
+        let owned = String::from("v");
+        let slice: &[u8] = b"v";
+        for payload in [
+            Payload::from("v"),
+            Payload::from(b"v"),
+            Payload::from(slice),
+            Payload::from(&owned),
+            Payload::from(owned.clone()),
+            Payload::from(vec![b'v']),
+            Payload::from(Bytes::from_static(b"v")),
+            Payload::from(Value::new("v", 0)),
+        ] {
+            assert_eq!(payload, Payload::from("v"));
+        }
+        assert_eq!(Payload::from(Value::new("v", 7)).flags(), 7);
+    }
+
+    #[test]
+    fn a_value_compares_with_bytes_and_text() {
+        let value = Value::new("abc", 0);
+        assert_eq!(value, "abc");
+        assert_eq!(value, b"abc");
+        assert_eq!(&value[1..], b"bc");
+    }
+}
