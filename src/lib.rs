@@ -54,6 +54,9 @@ mod client;
 mod cluster;
 mod error;
 mod executor;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 mod key;
 mod node;
