@@ -238,7 +238,7 @@ macro_rules! into_key {
         }
     )*};
 }
-into_key!(&str, String, &String, &[u8], Vec<u8>, &Vec<u8>, Bytes, &Bytes);
+into_key!(&str, &&str, String, &String, &[u8], Vec<u8>, &Vec<u8>, Bytes, &Bytes);
 
 impl<const N: usize> IntoKey for &[u8; N] {
     fn into_key(self) -> Result<Key> {

@@ -290,8 +290,8 @@ impl<L, N> ClientBuilder<L, N> {
         let attempt_timeout = self.attempt_timeout.min(self.timeout);
         let transport = self.transport.attempt_timeout(attempt_timeout);
         let node = self.node.attempt_timeout(attempt_timeout);
-        transport.validate()?;
         node.validate()?;
+        transport.validate()?;
         let specs = self.nodes.into_iter().collect::<Result<Vec<_>>>()?;
         self.cluster.validate()?;
 

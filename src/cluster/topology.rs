@@ -38,6 +38,18 @@ impl NodeSpec {
         self
     }
 
+    /// Its name, as it was written.
+    #[must_use]
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
     fn ring_node(&self) -> RingNode<'_> {
         let name = match self.address.host_and_port() {
             Some((host, port)) => NodeName::Tcp { host, port },
@@ -47,6 +59,16 @@ impl NodeSpec {
             name,
             weight: self.weight,
         }
+    }
+}
+
+impl Ring {
+    /// The index of the node that `key` belongs to, for tools and tests; `None` if there are no
+    /// nodes. It builds the whole ring each time.
+    #[must_use]
+    pub fn node_of(&self, nodes: &[NodeSpec], key: &Key) -> Option<usize> {
+        let ring: Vec<_> = nodes.iter().map(NodeSpec::ring_node).collect();
+        (!nodes.is_empty()).then(|| self.build(&ring).primary(key.as_bytes()))
     }
 }
 

@@ -141,12 +141,11 @@ where
 
 /// Probes an open node until it is closed, or nobody uses it any more. It holds on to the node
 /// only while it probes.
-pub(super) async fn until_ready(
-    shared: Weak<Shared>,
+async fn until_ready(
+    running: Running,
     settings: ProbeSettings,
     mut in_use: watch::Receiver<()>,
 ) {
-    let _running = Running(shared.clone());
     let mut wait = SOON;
     loop {
         let unused = std::pin::pin!(in_use.changed());
@@ -154,7 +153,7 @@ pub(super) async fn until_ready(
         if let Either::Left(_) = select(unused, tick).await {
             return;
         }
-        let Some(shared) = shared.upgrade() else {
+        let Some(shared) = running.0.upgrade() else {
             return;
         };
         let outcome = match timeout(settings.timeout, (shared.probe)()).await {
@@ -173,7 +172,8 @@ pub(super) async fn until_ready(
     }
 }
 
-/// Says that the probing task is gone, however it went, so that another can be started.
+/// Says that the probing task is gone, however it went, so that another can be started. Made
+/// before the task's first poll: a runtime that is shut down drops what it is given.
 struct Running(Weak<Shared>);
 
 impl Drop for Running {
@@ -195,6 +195,7 @@ where
 
 pub(super) fn spawn(shared: &Arc<Shared>) -> Result<()> {
     let settings = shared.settings.probe.clone();
-    let task = until_ready(Arc::downgrade(shared), settings, shared.in_use.subscribe());
+    let running = Running(Arc::downgrade(shared));
+    let task = until_ready(running, settings, shared.in_use.subscribe());
     shared.spawner.spawn(task)
 }

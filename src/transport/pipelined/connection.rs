@@ -55,10 +55,14 @@ enum End {
     Unresponsive(Error),
 }
 
-/// The task of slot `index`.
-pub(super) async fn run(node: Arc<Node>, index: usize) {
-    let guard = Guard { node, index };
-    let (node, slot) = (&*guard.node, guard.node.slot(index));
+/// The task of slot `index`. What must happen at its end is armed before its first poll: a
+/// runtime that is shut down drops what it is given.
+pub(super) fn task(node: Arc<Node>, index: usize) -> impl Future<Output = ()> + Send {
+    run(Guard { node, index })
+}
+
+async fn run(guard: Guard) {
+    let (node, slot) = (&*guard.node, guard.node.slot(guard.index));
     // Connects that failed, and connections that came to nothing, in a row.
     let mut failures = 0;
     // The connection before did not answer, nor has the present one so far.

@@ -289,7 +289,7 @@ impl Pool {
             Next::Nothing => {}
             Next::Wake(waker) => waker.wake(),
             Next::Spawn => {
-                let task = connection::run(self.node.clone(), index);
+                let task = connection::task(self.node.clone(), index);
                 if let Err(error) = self.spawner.spawn(task) {
                     let slot = &self.node.slots[index];
                     self.node.fail_all(slot, &error, Phase::Unstarted);

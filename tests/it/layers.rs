@@ -1,0 +1,282 @@
+//! Any tower layer fits: around the client, around a node, or in a stack built by hand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tower::limit::ConcurrencyLimitLayer;
+use tower::load_shed::LoadShedLayer;
+use tower::timeout::TimeoutLayer;
+use tower::util::MapRequestLayer;
+use tower::{BoxError, ServiceBuilder, ServiceExt as _, service_fn};
+use tower_memcached::{
+    BoxedService, Cluster, ClusterSettings, Client, Error, ErrorKind, Executor, FailureMode,
+    GroupLayer, Key, KillSwitch, Loader, Node, NodeLayer, NodeSettings, NodeSpec, Operation,
+    Payload, Pipelined, PipelinedSettings, ReadThroughLayer, Request, Response, SystemConnector,
+    Ttl, Value,
+};
+
+use crate::support::{addresses, patient, server, servers};
+
+fn is_send_and_sync<T: Clone + Send + Sync + 'static>(_: &T) {}
+
+#[tokio::test]
+async fn towers_own_layers_fit_around_the_client_and_around_a_node() {
+    let servers = servers(2).await;
+    let client = patient(&servers)
+        .layer(LoadShedLayer::new())
+        .layer(ConcurrencyLimitLayer::new(100))
+        .layer(TimeoutLayer::new(Duration::from_secs(1)))
+        .node_layer(ConcurrencyLimitLayer::new(10))
+        .node_layer(TimeoutLayer::new(Duration::from_secs(1)))
+        .build()
+        .unwrap();
+    is_send_and_sync(&client);
+    client.set("k", "v", Ttl::NEVER).await.unwrap();
+    let spawned = tokio::spawn({
+        let client = client.clone();
+        async move { client.get("k").await }
+    });
+    assert_eq!(spawned.await.unwrap().unwrap().unwrap(), "v");
+    assert_eq!(client.get_many(["k", "l"]).await.into_hits().len(), 1);
+    let boxed: Client<BoxedService> = client.boxed();
+    is_send_and_sync(&boxed);
+    assert_eq!(boxed.get("k").await.unwrap().unwrap(), "v");
+    assert_eq!(boxed.nodes().len(), 2);
+}
+
+#[tokio::test]
+async fn the_layer_added_first_is_the_outermost() {
+    let server = server().await;
+    let rename = |from: &'static str, to: &'static str| {
+        MapRequestLayer::new(move |mut request: Request| {
+            if let Operation::Get { key, .. } = request.operation_mut()
+                && key.as_bytes() == from.as_bytes()
+            {
+                *key = Key::new(to).unwrap();
+            }
+            request
+        })
+    };
+    server.insert("third", "found");
+    let client = patient(std::slice::from_ref(&server))
+        .layer(rename("first", "second"))
+        .node_layer(rename("second", "third"))
+        .build()
+        .unwrap();
+    assert_eq!(client.get("first").await.unwrap().unwrap(), "found");
+    let client = patient(std::slice::from_ref(&server))
+        .layer(rename("first", "second"))
+        .layer(rename("second", "third"))
+        .build()
+        .unwrap();
+    assert_eq!(client.get("first").await.unwrap().unwrap(), "found");
+}
+
+#[tokio::test]
+async fn a_layers_own_error_keeps_its_source_and_ours_stay_ours() {
+    let server = server().await;
+    let client = patient(std::slice::from_ref(&server))
+        .layer(ServiceBuilder::new().map_result(|outcome: Result<Response, Error>| {
+            match outcome {
+                Ok(_) => Err::<Response, BoxError>("forbidden".into()),
+                Err(error) => Err(error.into()),
+            }
+        }))
+        .build()
+        .unwrap();
+    let error = client.get("k").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Layer);
+    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "forbidden");
+    let large = vec![0; 2 << 20];
+    let error = client.set("k", large, Ttl::NEVER).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ValueTooLarge);
+}
+
+#[tokio::test]
+async fn a_response_that_does_not_fit_is_an_error() {
+    let odd = service_fn(|_: Request| async { Ok::<_, Error>(Response::Stored(true)) });
+    let client = Client::from_service(odd);
+    assert_eq!(client.get("k").await.unwrap_err().kind(), ErrorKind::Layer);
+    let many = client.get_many(["a", "b"]).await;
+    assert_eq!(many.errors().count(), 2);
+    assert!(client.nodes().is_empty());
+}
+
+#[tokio::test]
+async fn a_stack_can_be_built_by_hand() {
+    let servers = servers(2).await;
+    let executor = Executor::current();
+    let transport = |spec: &NodeSpec| {
+        Pipelined::new(
+            spec_address(spec),
+            PipelinedSettings::default().attempt_timeout(Duration::from_secs(1)),
+            Arc::new(SystemConnector::new()),
+            &Executor::current(),
+        )
+        .unwrap()
+    };
+    let settings = NodeSettings::default().attempt_timeout(Duration::from_secs(1));
+    let specs: Vec<_> = addresses(&servers)
+        .iter()
+        .map(|address| NodeSpec::new(address).unwrap())
+        .collect();
+    let cluster = Cluster::new(
+        ClusterSettings::default().failure_mode(FailureMode::Cancel),
+        specs,
+        &executor,
+        move |spec| {
+            let name = spec.name().clone();
+            Node::new(name, transport(spec), settings.clone(), &Executor::current()).unwrap()
+        },
+    )
+    .unwrap();
+    let client = Client::from_service(cluster).with_timeout(Duration::from_secs(5)).unwrap();
+    client.set("k", "v", Ttl::NEVER).await.unwrap();
+    assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
+    assert_eq!(client.version().await.unwrap().len(), 2);
+
+    // A single node without a cluster is a client, too.
+    let transport = Pipelined::new(
+        addresses(&servers)[0].parse().unwrap(),
+        PipelinedSettings::default().attempt_timeout(Duration::from_secs(1)),
+        Arc::new(SystemConnector::new()),
+        &executor,
+    )
+    .unwrap();
+    let layer = NodeLayer::new("only", NodeSettings::default(), executor).unwrap();
+    let node = ServiceBuilder::new().layer(layer).service(transport);
+    let client = Client::from_service(node);
+    client.set("k", "v", Ttl::NEVER).await.unwrap();
+    assert_eq!(client.version().await.unwrap()[0].result.as_ref().unwrap(), "1.6.18");
+}
+
+fn spec_address(spec: &NodeSpec) -> tower_memcached::Address {
+    spec.address().clone()
+}
+
+/// A node around any service is timed, judged and probed through it.
+#[tokio::test(start_paused = true)]
+async fn a_node_around_any_service_opens_on_its_timeouts_and_closes_by_probes() {
+    let hangs = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let stored = Arc::new(std::sync::Mutex::new(None::<Payload>));
+    let service = service_fn({
+        let (hangs, stored) = (hangs.clone(), stored.clone());
+        move |request: Request| {
+            let (hangs, stored) = (hangs.clone(), stored.clone());
+            async move {
+                if hangs.load(Ordering::Relaxed) {
+                    std::future::pending::<()>().await;
+                }
+                Ok::<_, BoxError>(match request.into_operation() {
+                    Operation::Store { payload, .. } => {
+                        *stored.lock().unwrap() = Some(payload);
+                        Response::Stored(true)
+                    }
+                    _ => Response::Value(stored.lock().unwrap().clone().map(Value::from)),
+                })
+            }
+        }
+    });
+    let settings = NodeSettings::default();
+    let node = Node::new("mock", service, settings, &Executor::current()).unwrap();
+    let get = || {
+        let operation = Operation::Get { key: Key::new("k").unwrap(), with_cas: false };
+        node.clone().oneshot(Request::new(operation))
+    };
+    for _ in 0..3 {
+        let error = get().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+    }
+    assert!(node.is_open());
+    assert_eq!(get().await.unwrap_err().kind(), ErrorKind::NodeUnavailable);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(node.is_open(), "its probes hang, too");
+    hangs.store(false, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(!node.is_open());
+    assert!(get().await.is_ok());
+    assert_eq!(node.status().in_flight, 0);
+}
+
+#[tokio::test]
+async fn a_group_has_its_own_keys_limit_and_kill_switch() {
+    let server = server().await;
+    let client = patient(std::slice::from_ref(&server)).build().unwrap();
+    let switch = KillSwitch::default();
+    let group = |name: &'static str| {
+        GroupLayer::new(name)
+            .prefix(format!("{name}:"))
+            .max_in_flight(2)
+            .kill_switch(switch.clone())
+    };
+    let (users, carts) = (client.layer(group("users")), client.layer(GroupLayer::new("carts")));
+    users.set("1", "ada", Ttl::NEVER).await.unwrap();
+    assert_eq!(server.peek("users:1").unwrap(), "ada");
+    let long = "k".repeat(248);
+    let many = users.get_many(["1", &long, "2"]).await;
+    assert_eq!(many.outcomes()[0].value().unwrap(), &"ada");
+    assert_eq!(many.errors().map(|(place, _)| place).collect::<Vec<_>>(), [1]);
+    assert_eq!(users.get(&long).await.unwrap_err().kind(), ErrorKind::InvalidKey);
+
+    server.stall();
+    let waiting: Vec<_> = (0..3)
+        .map(|_| tokio::spawn({
+            let users = users.clone();
+            async move { users.get("1").await }
+        }))
+        .collect();
+    let mut shed = 0;
+    crate::support::eventually("the third is shed", || {
+        shed = waiting.iter().filter(|task| task.is_finished()).count();
+        shed == 1
+    })
+    .await;
+    server.resume();
+    let mut outcomes = Vec::new();
+    for task in waiting {
+        outcomes.push(task.await.unwrap());
+    }
+    let refused: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
+    assert_eq!(refused.len(), 1);
+    assert!(refused[0].is_overloaded() && refused[0].to_string().contains("users"));
+
+    switch.throw();
+    assert_eq!(users.get("1").await.unwrap_err().kind(), ErrorKind::Disabled);
+    assert_eq!(carts.get("1").await.unwrap(), None, "another group goes on");
+    let load = || async { Ok::<_, BoxError>(Some("from the database")) };
+    let value = users.get_or_load("1", Ttl::NEVER, load).await.unwrap().unwrap();
+    assert_eq!(value, "from the database");
+    switch.reset();
+    assert_eq!(users.get("1").await.unwrap().unwrap(), "ada");
+}
+
+struct Database(Arc<AtomicUsize>);
+
+impl Loader for Database {
+    async fn load(&self, key: &Key) -> Result<Option<Payload>, BoxError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        match key.as_bytes() {
+            b"broken" => Err("no such table".into()),
+            b"none" => Ok(None),
+            key => Ok(Some(key.into())),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_shared_loader_under_a_whole_stack() {
+    let server = server().await;
+    let loads = Arc::new(AtomicUsize::new(0));
+    let layer = ReadThroughLayer::new(Database(loads.clone()), Ttl::secs(60));
+    let client = patient(std::slice::from_ref(&server)).layer(layer).build().unwrap();
+    let gets = futures::future::join_all((0..100).map(|_| client.get("k")));
+    assert!(gets.await.into_iter().all(|value| value.unwrap().unwrap() == "k"));
+    assert_eq!(loads.load(Ordering::Relaxed), 1);
+    assert_eq!(server.peek("k").unwrap(), "k");
+    assert_eq!(client.get("none").await.unwrap(), None);
+    let error = client.get("broken").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Load);
+    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "no such table");
+}

@@ -1,0 +1,12 @@
+//! The client as its users have it: against the in-process server where a fault must be exact,
+//! against real memcached where it is about memcached.
+#![cfg(feature = "testing")]
+
+mod deadlines;
+mod failure_modes;
+mod layers;
+mod lifecycle;
+mod operations;
+mod real_memcached;
+mod support;
+mod wire_faults;
