@@ -99,6 +99,16 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
+    /// How many time-outs in a row close a connection, if their requests were sent over at least an
+    /// attempt timeout; 3 by default. The connection is made anew at once; if that fails too, or
+    /// the new one answers nothing either, the node's circuit breaker opens.
+    #[must_use]
+    pub fn consecutive_timeouts(mut self, timeouts: u32) -> Self {
+        self.transport = self.transport.timeouts_to_close(timeouts);
+        self.node = self.node.consecutive_timeouts(timeouts);
+        self
+    }
+
     /// How long a connection may receive nothing while something on it is unanswered; twice the
     /// attempt timeout by default.
     #[must_use]

@@ -41,7 +41,7 @@ pub struct Memcached {
 }
 
 /// There is no memcached to be started; the source of the error of [`Memcached::spawn`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NotInstalled {
     binary: OsString,
@@ -167,6 +167,13 @@ impl fmt::Display for NotInstalled {
              chooses another)",
             self.binary.display()
         )
+    }
+}
+
+/// The same words: it is `expect` that will show them.
+impl fmt::Debug for NotInstalled {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
     }
 }
 

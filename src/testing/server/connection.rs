@@ -20,7 +20,7 @@ use super::parser::{Parsed, Parser};
 
 /// memcached's read buffer: it executes at most so many bytes of commands in one go.
 const READ_BUFFER: usize = 16 * 1_024;
-/// Unsent bytes at which reading stops until the peer has taken some.
+/// Unsent bytes at which nothing more is read or executed until the peer has taken some.
 const MOST_UNSENT: usize = 1 << 20;
 /// Requests after which memcached interrupts a batch to serve other connections, sending what it has.
 const YIELD_AFTER: u32 = 21;
@@ -210,6 +210,11 @@ impl Connection {
         let arrived = Instant::now();
         let mut executed = 0;
         while self.end == End::Open && !self.current.stalled {
+            if self.unsent >= MOST_UNSENT {
+                // The rest of the input waits until the peer has taken some, so it must get some.
+                self.flush();
+                return;
+            }
             match self.parser.next(&mut self.input) {
                 Parsed::Incomplete => break,
                 Parsed::Close => self.end = End::Now,

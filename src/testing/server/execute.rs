@@ -4,12 +4,11 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::parser::{
-    Command, Get, Meta, MetaStore, Mode, OPAQUE_TOO_LONG, Request, StatsOf, Store as StoreCommand,
-    Value,
+use super::command::{
+    Command, Get, MetaStore, Mode, Request, StatsOf, Store as StoreCommand, Value,
 };
-use super::parser::{is_overlong_opaque, item_size};
-use super::store::{Counted, Item, Store, Stored};
+use super::meta::{Meta, OPAQUE_TOO_LONG, is_overlong_opaque};
+use super::store::{Counted, Item, Store, Stored, item_size};
 
 /// How many request lines are remembered.
 const REMEMBERED_REQUESTS: usize = 1_024;
@@ -149,15 +148,15 @@ impl Engine {
         for key in &get.keys {
             let found = match get.expiry {
                 Some(expiry) => self.touch(key, expiry),
-                None => self.store.find(key).map(|item| {
-                    item.bump(now);
-                    item
-                }),
+                None => self.store.find(key),
             };
             let Some(item) = found else {
                 self.misses += 1;
                 continue;
             };
+            if get.expiry.is_none() {
+                item.bump(now);
+            }
             reply.put_slice(b"VALUE ");
             reply.put_slice(key);
             number(reply, b" ", item.client_flags.into());
@@ -225,12 +224,13 @@ impl Engine {
         let expires = meta.expiry.map(|expiry| self.store.deadline(expiry));
         let recache = self.store.deadline(meta.recache);
         let mut created = None;
-        if let Some(expiry) = meta.vivify {
-            if self.store.find(key).is_none() && self.store.make_room(item_size(key.len(), 0, 0)) {
-                created = Some(self.store.deadline(expiry));
-                self.store.link(key, Item::new(Bytes::new(), 0, 0));
-                self.misses += 1;
-            }
+        if let Some(expiry) = meta.vivify
+            && self.store.find(key).is_none()
+            && self.store.make_room(item_size(key.len(), 0, 0))
+        {
+            created = Some(self.store.deadline(expiry));
+            self.store.link(key, Item::new(Bytes::new(), 0, 0));
+            self.misses += 1;
         }
         let Some(item) = self.store.find(key) else {
             self.misses += 1;

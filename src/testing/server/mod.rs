@@ -1,14 +1,19 @@
 //! [`Server`]: memcached 1.6.18 inside the test process, with faults that are set at run time.
 //!
-//! `parser` turns bytes into commands and knows memcached's framing with all its traps; `store` holds the items;
-//! `execute` runs a command against the store and words the reply; `connection` moves bytes and applies `faults`. The
-//! handle in this file ties them together. A conformance suite sends the same bytes to this server and to a real
-//! memcached 1.6.18 and demands the same bytes back.
+//! `parser` cuts the stream into requests, with all of memcached's traps; `command`, `meta` and `literal` read a line;
+//! `store` holds the items; `execute` runs a command against the store and words the reply; `connection` moves bytes
+//! and applies `faults`. The handle in this file ties them together. A conformance suite sends the same bytes to this
+//! server and to a real memcached 1.6.18 and demands the same bytes back.
 
+mod command;
 mod connection;
 mod execute;
 mod faults;
+mod literal;
+mod meta;
 mod parser;
+#[cfg(test)]
+mod round_trip;
 mod store;
 
 use std::collections::HashMap;
@@ -27,10 +32,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
+use self::command::Request;
 use self::execute::{Engine, Surroundings, Then};
 pub use self::faults::Admission;
 use self::faults::{Faults, Signal};
-use self::parser::Request;
 #[doc(hidden)]
 pub use self::parser::fuzz_server_parser;
 use self::store::{Item, Store};
@@ -257,16 +262,15 @@ impl Server {
         let shared = &self.handle.shared;
         let mut port = lock(&shared.port);
         if let (Some(address), Some(runtime), None) = (port.address, &port.runtime, &port.listener)
+            && !shared.faults.borrow().shut_down
         {
-            if !shared.faults.borrow().shut_down {
-                let listener = std::net::TcpListener::bind(address)?;
-                listener.set_nonblocking(true)?;
-                let _context = runtime.enter();
-                let listener = TcpListener::from_std(listener)?;
-                port.listener = Some(listener);
-                if let Some(waker) = port.waker.take() {
-                    waker.wake();
-                }
+            let listener = std::net::TcpListener::bind(address)?;
+            listener.set_nonblocking(true)?;
+            let _context = runtime.enter();
+            let listener = TcpListener::from_std(listener)?;
+            port.listener = Some(listener);
+            if let Some(waker) = port.waker.take() {
+                waker.wake();
             }
         }
         drop(port);
@@ -356,7 +360,7 @@ impl Server {
     }
 
     /// How many connections are open. One that the peer closed counts until the server notices, which it does not while
-    /// stalled.
+    /// stalled, nor on a [silent](Admission::Silent) connection.
     pub fn open_connections(&self) -> usize {
         lock(&self.handle.shared.connections).len()
     }

@@ -9,7 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::parser::{Mode, item_size, unsigned};
+use super::command::Mode;
+use super::literal::unsigned;
 
 /// A TTL above this is a Unix time.
 const LONGEST_RELATIVE_EXPIRY: i32 = 60 * 60 * 24 * 30;
@@ -17,6 +18,15 @@ const LONGEST_RELATIVE_EXPIRY: i32 = 60 * 60 * 24 * 30;
 const FIRST_SECOND: u32 = 62;
 /// The second at which an item has expired whatever the time.
 const LONG_AGO: u32 = 1;
+
+/// What memcached stores beside key and value: the item header and its CAS unique.
+const ITEM_OVERHEAD: usize = 48 + 8;
+
+/// What memcached's slabs would count for an item.
+pub(super) fn item_size(key: usize, value: usize, client_flags: u32) -> usize {
+    let flags = if client_flags == 0 { 0 } else { 4 };
+    ITEM_OVERHEAD + key + 1 + value + 2 + flags
+}
 
 #[derive(Clone, Debug)]
 pub(super) struct Item {

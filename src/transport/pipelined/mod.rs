@@ -96,6 +96,14 @@ impl PipelinedSettings {
         self
     }
 
+    /// How many time-outs in a row close the connection, if their requests were sent over at least
+    /// an attempt timeout (a burst that times out together is one event); 3 by default.
+    #[must_use]
+    pub fn timeouts_to_close(mut self, timeouts: u32) -> Self {
+        self.timeouts_to_close = timeouts;
+        self
+    }
+
     /// How long a connection may receive nothing while a request on it is unanswered; twice the
     /// attempt timeout by default.
     #[must_use]
@@ -153,6 +161,9 @@ impl PipelinedSettings {
         }
         if self.connect_within().is_zero() {
             return refuse("the connect timeout is zero");
+        }
+        if self.timeouts_to_close == 0 {
+            return refuse("zero time-outs close a connection");
         }
         if self.connections == 0 {
             return refuse("there are to be no connections to a node");
