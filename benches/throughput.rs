@@ -14,11 +14,12 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futures::future::join_all;
 use tokio::runtime::{Builder, Runtime};
+use tokio::time::Instant;
 use tower::{Service, ServiceExt as _};
 use tower_memcached::testing::Memcached;
 use tower_memcached::{
@@ -32,7 +33,9 @@ fn runtime() -> Runtime {
 }
 
 fn keys() -> Arc<[Key]> {
-    (0..KEYS).map(|n| Key::new(format!("benchmark:{n:08}")).unwrap()).collect()
+    (0..KEYS)
+        .map(|n| Key::new(format!("benchmark:{n:08}")).unwrap())
+        .collect()
 }
 
 fn client(servers: &[Memcached], executor: Executor) -> Client {
@@ -47,13 +50,20 @@ fn client(servers: &[Memcached], executor: Executor) -> Client {
 }
 
 fn servers(count: usize) -> Vec<Memcached> {
-    (0..count).map(|_| Memcached::spawn(&["-t", "1", "-m", "256"]).unwrap()).collect()
+    (0..count)
+        .map(|_| Memcached::spawn(&["-t", "1", "-m", "256"]).unwrap())
+        .collect()
 }
 
 async fn fill(client: &Client, keys: &[Key]) {
     for chunk in keys.chunks(500) {
-        let sets = chunk.iter().map(|key| client.set(key, vec![b'v'; 100], Ttl::NEVER));
-        join_all(sets).await.into_iter().for_each(|stored| stored.unwrap());
+        let sets = chunk
+            .iter()
+            .map(|key| client.set(key, vec![b'v'; 100], Ttl::NEVER));
+        join_all(sets)
+            .await
+            .into_iter()
+            .for_each(|stored| stored.unwrap());
     }
 }
 
@@ -81,7 +91,9 @@ where
             task.await.unwrap();
         }
         // Rounds are rounded up, so a little more was done than asked for.
-        started.elapsed().mul_f64(iterations as f64 / (rounds * count) as f64)
+        started
+            .elapsed()
+            .mul_f64(iterations as f64 / (rounds * count) as f64)
     })
 }
 
@@ -141,7 +153,10 @@ fn single_operations(criterion: &mut Criterion) {
                             let mut transport = transport.clone();
                             let key = keys[index].clone();
                             async move {
-                                let operation = Operation::Get { key, with_cas: false };
+                                let operation = Operation::Get {
+                                    key,
+                                    with_cas: false,
+                                };
                                 let service = transport.ready().await.unwrap();
                                 black_box(service.call(Request::new(operation)).await.unwrap());
                             }

@@ -257,9 +257,10 @@ impl fmt::Display for Error {
             write!(f, ": {}", self.0.message)?;
         }
         match (self.0.kind, self.0.sent) {
-            (ErrorKind::Timeout | ErrorKind::ConnectionLost | ErrorKind::Unresponsive, Sent::No) => {
-                f.write_str(" (not sent)")
-            }
+            (
+                ErrorKind::Timeout | ErrorKind::ConnectionLost | ErrorKind::Unresponsive,
+                Sent::No,
+            ) => f.write_str(" (not sent)"),
             (_, Sent::Maybe) => f.write_str(" (may have been executed)"),
             _ => Ok(()),
         }
@@ -321,7 +322,10 @@ mod tests {
         let foreign = Error::from_boxed("elapsed".into());
         assert_eq!(foreign.kind(), ErrorKind::Layer);
         assert_eq!(foreign.sent(), Sent::Maybe);
-        assert_eq!(foreign.source().map(ToString::to_string).as_deref(), Some("elapsed"));
+        assert_eq!(
+            foreign.source().map(ToString::to_string).as_deref(),
+            Some("elapsed")
+        );
     }
 
     #[test]

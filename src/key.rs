@@ -238,7 +238,17 @@ macro_rules! into_key {
         }
     )*};
 }
-into_key!(&str, &&str, String, &String, &[u8], Vec<u8>, &Vec<u8>, Bytes, &Bytes);
+into_key!(
+    &str,
+    &&str,
+    String,
+    &String,
+    &[u8],
+    Vec<u8>,
+    &Vec<u8>,
+    Bytes,
+    &Bytes
+);
 
 impl<const N: usize> IntoKey for &[u8; N] {
     fn into_key(self) -> Result<Key> {
@@ -273,7 +283,10 @@ mod tests {
             );
         }
         let injected = Key::new("k\r\nflush_all").unwrap_err().to_string();
-        assert!(injected.contains(r"k\\r\\nflush_all") && injected.contains("0x0d"), "{injected}");
+        assert!(
+            injected.contains(r"k\\r\\nflush_all") && injected.contains("0x0d"),
+            "{injected}"
+        );
     }
 
     #[test]

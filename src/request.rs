@@ -130,7 +130,9 @@ impl Operation {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Get { with_cas: false, .. } => "get",
+            Self::Get {
+                with_cas: false, ..
+            } => "get",
             Self::Get { with_cas: true, .. } => "gets",
             Self::GetMany { .. } => "get_many",
             Self::GetAndTouch { .. } => "get_and_touch",
@@ -144,8 +146,14 @@ impl Operation {
             Self::CompareAndSwap { .. } => "cas",
             Self::Delete { .. } => "delete",
             Self::Touch { .. } => "touch",
-            Self::Arithmetic { direction: Direction::Up, .. } => "increment",
-            Self::Arithmetic { direction: Direction::Down, .. } => "decrement",
+            Self::Arithmetic {
+                direction: Direction::Up,
+                ..
+            } => "increment",
+            Self::Arithmetic {
+                direction: Direction::Down,
+                ..
+            } => "decrement",
             Self::Version => "version",
             Self::FlushAll => "flush_all",
             Self::Stats => "stats",
@@ -292,10 +300,19 @@ mod tests {
             ttl: Ttl::NEVER,
         };
         let movable = [
-            Operation::Get { key: key.clone(), with_cas: true },
+            Operation::Get {
+                key: key.clone(),
+                with_cas: true,
+            },
             Operation::Delete { key: key.clone() },
-            Operation::Touch { key: key.clone(), ttl: Ttl::NEVER },
-            Operation::GetAndTouch { key: key.clone(), ttl: Ttl::NEVER },
+            Operation::Touch {
+                key: key.clone(),
+                ttl: Ttl::NEVER,
+            },
+            Operation::GetAndTouch {
+                key: key.clone(),
+                ttl: Ttl::NEVER,
+            },
             store(StoreMode::Set),
             store(StoreMode::Replace),
         ];
@@ -304,7 +321,11 @@ mod tests {
             store(StoreMode::Add),
             store(StoreMode::Append),
             store(StoreMode::Prepend),
-            Operation::Arithmetic { key: key.clone(), delta: 1, direction: Direction::Up },
+            Operation::Arithmetic {
+                key: key.clone(),
+                delta: 1,
+                direction: Direction::Up,
+            },
             Operation::FlushAll,
         ];
         assert!(!pinned.iter().any(Operation::is_movable));
@@ -314,7 +335,9 @@ mod tests {
     fn a_layer_cannot_put_a_deadline_off() {
         let now = Instant::now();
         let (soon, late) = (now + Duration::from_millis(1), now + Duration::from_secs(1));
-        let request = Request::new(Operation::Version).with_deadline(soon).with_deadline(late);
+        let request = Request::new(Operation::Version)
+            .with_deadline(soon)
+            .with_deadline(late);
         assert_eq!(request.deadline(), Some(soon));
     }
 }

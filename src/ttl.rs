@@ -123,7 +123,10 @@ mod tests {
             "would be a date in 1970"
         );
         assert_eq!(Ttl::secs(u64::MAX).wire_at(NOW), i64::from(i32::MAX));
-        assert_eq!(Ttl::until(UNIX_EPOCH + Duration::from_secs(5)).wire_at(NOW), -1);
+        assert_eq!(
+            Ttl::until(UNIX_EPOCH + Duration::from_secs(5)).wire_at(NOW),
+            -1
+        );
         let later = UNIX_EPOCH + Duration::from_secs(NOW + 5);
         assert_eq!(Ttl::until(later).wire_at(NOW), (NOW + 5) as i64);
     }

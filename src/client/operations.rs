@@ -110,12 +110,7 @@ where
     /// [`ErrorKind::ValueTooLarge`](crate::ErrorKind::ValueTooLarge) before anything is sent if it
     /// is over the client's limit. If it is over the server's, the server has deleted the old
     /// value.
-    pub async fn set(
-        &self,
-        key: impl IntoKey,
-        value: impl Into<Payload>,
-        ttl: Ttl,
-    ) -> Result<()> {
+    pub async fn set(&self, key: impl IntoKey, value: impl Into<Payload>, ttl: Ttl) -> Result<()> {
         self.store(StoreMode::Set, key, value.into(), ttl).await?;
         Ok(())
     }
@@ -314,7 +309,9 @@ where
         }
         let load = async {
             let loaded = loader().await;
-            loaded.map(|value| value.map(Into::into)).map_err(Into::into)
+            loaded
+                .map(|value| value.map(Into::into))
+                .map_err(Into::into)
         };
         let refill = |payload: Payload| self.set(&key, payload, ttl);
         let shared = &*self.shared;

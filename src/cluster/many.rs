@@ -70,7 +70,10 @@ impl<S: Service<Request> + Clone> Many<S> {
     fn part(&self, indexes: &[usize]) -> Request {
         let keys = match indexes.len() == self.keys.len() {
             true => self.keys.clone(),
-            false => indexes.iter().map(|&index| self.keys[index].clone()).collect(),
+            false => indexes
+                .iter()
+                .map(|&index| self.keys[index].clone())
+                .collect(),
         };
         let request = Request::new(Operation::GetMany { keys });
         match self.deadline {
@@ -101,11 +104,14 @@ impl<S: Service<Request> + Clone> Many<S> {
                 }
             };
             let placed = match &after {
-                None | Some((After::Repeat(_), _)) => Some(self.shared.first(key, true, place)),
-                Some((After::Move, _)) => self.shared.next(key, tries, place),
-                Some((After::GiveUp, _)) => None,
+                None | Some((After::Repeat(_), _)) => {
+                    self.shared.first(key, true, place);
+                    true
+                }
+                Some((After::Move, _)) => self.shared.next(key, tries, place).is_some(),
+                Some((After::GiveUp, _)) => false,
             };
-            if placed.is_none() {
+            if !placed {
                 self.outcomes[index] = after.as_ref().map(|(_, error)| Err(error.clone()));
             }
         }
@@ -196,12 +202,18 @@ where
             }
         }
         let Some(error) = failure else { return };
-        let after = if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        let after = if self
+            .deadline
+            .is_some_and(|deadline| deadline <= Instant::now())
+        {
             After::GiveUp
         } else {
-            let operation = Operation::GetMany { keys: Arc::default() };
+            let operation = Operation::GetMany {
+                keys: Arc::default(),
+            };
             let node = batch.attempt.node().clone();
-            self.shared.after(&operation, &node, &error, &mut batch.tries)
+            self.shared
+                .after(&operation, &node, &error, &mut batch.tries)
         };
         self.send(failed, &batch.tries, Some((after, error)));
     }
@@ -239,7 +251,9 @@ where
 {
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Response> {
         let mut waiting = false;
-        let overdue = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
+        let overdue = self
+            .deadline
+            .is_some_and(|deadline| deadline <= Instant::now());
         for (place, answer) in self.attempts.iter_mut().zip(&mut self.answers) {
             let Some(attempt) = place else { continue };
             let result = match attempt.as_mut().poll(cx) {

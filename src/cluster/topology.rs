@@ -86,7 +86,10 @@ pub(super) fn validate(specs: &[NodeSpec]) -> Result<()> {
             let message = format!("the node {name:?} has the weight 0");
             return Err(Error::configuration(message));
         }
-        if specs[..index].iter().any(|other| other.address == spec.address) {
+        if specs[..index]
+            .iter()
+            .any(|other| other.address == spec.address)
+        {
             let message = format!("the node {name:?} is there twice");
             return Err(Error::configuration(message));
         }
@@ -108,7 +111,10 @@ pub(super) struct Member<S> {
 
 impl<S> Topology<S> {
     pub(super) fn new(ring: &Ring, members: Vec<Member<S>>) -> Self {
-        let nodes: Vec<_> = members.iter().map(|member| member.spec.ring_node()).collect();
+        let nodes: Vec<_> = members
+            .iter()
+            .map(|member| member.spec.ring_node())
+            .collect();
         Self {
             continuum: ring.build(&nodes),
             members: members.into(),

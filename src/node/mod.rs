@@ -402,7 +402,10 @@ impl<S> Node<S> {
             state: shared.breaker.state(),
             last_cause: shared.breaker.last_cause(),
             in_flight: self.in_flight(),
-            connections: shared.transport.as_ref().map_or(0, Pipelined::connections_up),
+            connections: shared
+                .transport
+                .as_ref()
+                .map_or(0, Pipelined::connections_up),
         }
     }
 

@@ -141,11 +141,7 @@ where
 
 /// Probes an open node until it is closed, or nobody uses it any more. It holds on to the node
 /// only while it probes.
-async fn until_ready(
-    running: Running,
-    settings: ProbeSettings,
-    mut in_use: watch::Receiver<()>,
-) {
+async fn until_ready(running: Running, settings: ProbeSettings, mut in_use: watch::Receiver<()>) {
     let mut wait = SOON;
     loop {
         let unused = std::pin::pin!(in_use.changed());

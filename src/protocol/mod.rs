@@ -16,8 +16,8 @@ mod version;
 
 pub(crate) use pipeline::{Batch, Pipeline, Ticket};
 pub(crate) use reply::{Parser, Reply};
-pub(crate) use version::ServerVersion;
 pub use version::MINIMUM_VERSION;
+pub(crate) use version::ServerVersion;
 
 use thiserror::Error as ThisError;
 

@@ -191,7 +191,7 @@ enum Expect {
     Counter,
     Version,
     Flushed,
-    Stats(Box<BTreeMap<String, String>>),
+    Stats(BTreeMap<String, String>),
 }
 
 #[derive(Debug)]
@@ -224,7 +224,7 @@ impl Expect {
             Operation::Arithmetic { .. } => Self::Counter,
             Operation::Version => Self::Version,
             Operation::FlushAll => Self::Flushed,
-            Operation::Stats => Self::Stats(Box::default()),
+            Operation::Stats => Self::Stats(BTreeMap::new()),
         }
     }
 
@@ -341,10 +341,7 @@ impl<W> Pipeline<W> {
         self.doubtful += usize::from(matches!(expect, Expect::Swapped { .. }));
         let serial = self.next_serial;
         self.next_serial += 1;
-        let claim = self.claims.insert(Claim::Waiting {
-            waiter,
-            serial,
-        });
+        let claim = self.claims.insert(Claim::Waiting { waiter, serial });
         self.requests.push_back(Entry {
             serial,
             claim: Some(claim),
@@ -675,7 +672,12 @@ fn answer(
             let cas = cas.map(|unique| CasToken { unique, ..token });
             Response::Value(value(header, data, cas))
         }
-        (Expect::Value { .. }, Reply::Code { code: Code::Miss, .. }) => Response::Value(None),
+        (
+            Expect::Value { .. },
+            Reply::Code {
+                code: Code::Miss, ..
+            },
+        ) => Response::Value(None),
         (_, Reply::TooLarge { length, .. }) => return Ok(Answer::Final(Err(too_large(length)))),
 
         (Expect::Stored, Reply::Code { code, .. }) => match code {
@@ -707,7 +709,13 @@ fn answer(
                 None => return Err(Violation::Unparsable(data.escape_ascii().to_string())),
             }
         }
-        (Expect::Counter, Reply::Code { code: Code::NotFound, .. }) => Response::Counter(None),
+        (
+            Expect::Counter,
+            Reply::Code {
+                code: Code::NotFound,
+                ..
+            },
+        ) => Response::Counter(None),
 
         (Expect::Version, Reply::Version(version)) => Response::Version(version),
         (Expect::Flushed, Reply::Ok) => Response::Flushed,
@@ -732,12 +740,15 @@ fn check_opaque(expected: u32, reply: &Reply, opaque_on_miss: bool) -> Result<()
     let found = match reply {
         // Before 1.6.18 a miss carries none. It can do no more harm than a miss, and a stream out
         // of step is found out by the next reply that carries one.
-        Reply::Code { code: Code::Miss, header } if !opaque_on_miss && header.opaque.is_none() => {
+        Reply::Code {
+            code: Code::Miss,
+            header,
+        } if !opaque_on_miss && header.opaque.is_none() => {
             return Ok(());
         }
-        Reply::Value { header, .. } | Reply::TooLarge { header, .. } | Reply::Code { header, .. } => {
-            header.opaque
-        }
+        Reply::Value { header, .. }
+        | Reply::TooLarge { header, .. }
+        | Reply::Code { header, .. } => header.opaque,
         // The lines of the classic protocol carry none.
         _ => return Ok(()),
     };
@@ -814,7 +825,9 @@ impl Batched {
                 });
             }
         };
-        let index = header.opaque.map(|opaque| opaque.wrapping_sub(first) as usize);
+        let index = header
+            .opaque
+            .map(|opaque| opaque.wrapping_sub(first) as usize);
         match index.filter(|index| (self.settled..self.count).contains(index)) {
             Some(index) => {
                 self.settled = index + 1;

@@ -9,11 +9,20 @@ use super::{ABSURD_LENGTH, MAX_LINE, Violation};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reply {
     /// `VA`: a value.
-    Value { header: Header, data: Bytes },
+    Value {
+        header: Header,
+        data: Bytes,
+    },
     /// `VA` of more bytes than we take; they were skipped.
-    TooLarge { header: Header, length: u64 },
+    TooLarge {
+        header: Header,
+        length: u64,
+    },
     /// A meta reply without a value.
-    Code { code: Code, header: Header },
+    Code {
+        code: Code,
+        header: Header,
+    },
     /// `MN`: all replies to a quiet batch are out.
     BatchEnd,
     Version(String),
@@ -92,8 +101,15 @@ pub(crate) struct Parser {
 #[derive(Debug)]
 enum State {
     Line,
-    Value { header: Header, length: usize },
-    Skip { header: Header, length: u64, left: u64 },
+    Value {
+        header: Header,
+        length: usize,
+    },
+    Skip {
+        header: Header,
+        length: u64,
+        left: u64,
+    },
 }
 
 impl Parser {
@@ -137,12 +153,20 @@ impl Parser {
                     self.state = State::Line;
                     return Ok(Some(Reply::Value { header, data }));
                 }
-                State::Skip { header, length, left } => {
+                State::Skip {
+                    header,
+                    length,
+                    left,
+                } => {
                     let skipped = left.min(buffer.len() as u64);
                     buffer.advance(skipped as usize);
                     let left = left - skipped;
                     if left > 0 {
-                        self.state = State::Skip { header, length, left };
+                        self.state = State::Skip {
+                            header,
+                            length,
+                            left,
+                        };
                         return Ok(None);
                     }
                     self.state = State::Line;

@@ -128,7 +128,10 @@ fn drain(batch: &mut Batch, at_once: usize) -> Vec<u8> {
     while !batch.is_empty() {
         let mut slices = [IoSlice::new(&[]); 4];
         let filled = batch.slices(&mut slices);
-        let part: Vec<u8> = slices[..filled].iter().flat_map(|slice| slice.to_vec()).collect();
+        let part: Vec<u8> = slices[..filled]
+            .iter()
+            .flat_map(|slice| slice.to_vec())
+            .collect();
         let part = &part[..part.len().min(at_once)];
         written.extend_from_slice(part);
         let part = part.len();
@@ -227,10 +230,21 @@ fn each_reply_answers_its_request() {
         other => panic!("{other:?}"),
     }
     assert_eq!(talk.value(&miss), None);
-    assert!(matches!(talk.outcome(&stored), Some(Ok(Response::Stored(true)))));
-    assert!(matches!(talk.outcome(&not_stored), Some(Ok(Response::Stored(false)))));
-    assert!(matches!(talk.outcome(&deleted), Some(Ok(Response::Deleted(false)))));
-    assert!(matches!(talk.outcome(&version), Some(Ok(Response::Version(text))) if text == "1.6.18"));
+    assert!(matches!(
+        talk.outcome(&stored),
+        Some(Ok(Response::Stored(true)))
+    ));
+    assert!(matches!(
+        talk.outcome(&not_stored),
+        Some(Ok(Response::Stored(false)))
+    ));
+    assert!(matches!(
+        talk.outcome(&deleted),
+        Some(Ok(Response::Deleted(false)))
+    ));
+    assert!(
+        matches!(talk.outcome(&version), Some(Ok(Response::Version(text))) if text == "1.6.18")
+    );
     match talk.outcome(&stats) {
         Some(Ok(Response::Stats(stats))) => assert_eq!(stats["rusage"], "0.1 x"),
         other => panic!("{other:?}"),
@@ -249,9 +263,15 @@ fn arithmetic_tolerates_the_spaces_decr_leaves() {
     talk.receive(b"VA 2 O1\r\n9 \r\n").unwrap();
     let text = b"CLIENT_ERROR cannot increment or decrement non-numeric value\r\n";
     talk.receive(text).unwrap();
-    assert!(matches!(talk.outcome(&first), Some(Ok(Response::Counter(Some(9))))));
+    assert!(matches!(
+        talk.outcome(&first),
+        Some(Ok(Response::Counter(Some(9))))
+    ));
     let error = talk.outcome(&second).unwrap().unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::NotANumber, Sent::Yes));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::NotANumber, Sent::Yes)
+    );
 }
 
 #[test]
@@ -259,7 +279,8 @@ fn a_multi_key_read_gives_each_key_its_own_outcome() {
     let mut talk = Conversation::new();
     let ticket = talk.send(&many(&["a", "b", "c"]));
     let next = talk.send(&get("d"));
-    talk.receive(b"VA 1 f0 O1\r\nA\r\nVA 1 f0 O3\r\nC\r\nMN\r\nEN O4\r\n").unwrap();
+    talk.receive(b"VA 1 f0 O1\r\nA\r\nVA 1 f0 O3\r\nC\r\nMN\r\nEN O4\r\n")
+        .unwrap();
     match talk.outcome(&ticket) {
         Some(Ok(Response::Values(outcomes))) => {
             let values: Vec<_> = outcomes.into_iter().map(Result::unwrap).collect();
@@ -278,21 +299,26 @@ fn a_multi_key_read_that_runs_out_of_time_keeps_what_has_come() {
     let ticket = talk.send(&many(&["a", "b", "c", "d"]));
     talk.receive(b"VA 1 f0 O2\r\nB\r\n").unwrap();
     let late = talk.now + Duration::from_secs(1);
-    talk.pipeline.expire(late, Charge::Node, &mut talk.woken, |_| {});
+    talk.pipeline
+        .expire(late, Charge::Node, &mut talk.woken, |_| {});
     match talk.outcome(&ticket) {
         Some(Ok(Response::Values(outcomes))) => {
             assert!(matches!(outcomes[0], Ok(None)), "passed over, so a miss");
             assert!(matches!(&outcomes[1], Ok(Some(value)) if *value == "B"));
             for outcome in &outcomes[2..] {
                 let error = outcome.as_ref().unwrap_err();
-                assert_eq!((error.kind(), error.sent()), (ErrorKind::Timeout, Sent::Maybe));
+                assert_eq!(
+                    (error.kind(), error.sent()),
+                    (ErrorKind::Timeout, Sent::Maybe)
+                );
             }
         }
         other => panic!("{other:?}"),
     }
     // The rest comes late and belongs to nobody; the next request is not confused by it.
     let next = talk.send(&get("e"));
-    talk.receive(b"VA 1 f0 O4\r\nD\r\nMN\r\nVA 1 f0 O5\r\nE\r\n").unwrap();
+    talk.receive(b"VA 1 f0 O4\r\nD\r\nMN\r\nVA 1 f0 O5\r\nE\r\n")
+        .unwrap();
     assert_eq!(talk.value(&next).as_deref(), Some(&b"E"[..]));
 }
 
@@ -302,21 +328,48 @@ fn a_stream_out_of_step_is_a_violation_and_fails_what_is_in_flight() {
     let absurd = (1u64 << 31).to_string();
     let absurd = format!("VA {absurd} f0 O1\r\n");
     let endless = vec![b'x'; super::MAX_LINE + 1];
-    let cases: Vec<(&[u8], fn(&Violation) -> bool)> = vec![
-        (b"VA 1 f0 O2\r\nx\r\n", |v| matches!(v, Violation::WrongOpaque { expected: 1, found: Some(2) })),
-        (b"VA 1 f0\r\nx\r\n", |v| matches!(v, Violation::WrongOpaque { found: None, .. })),
-        (b"EN\r\n", |v| matches!(v, Violation::WrongOpaque { found: None, .. })),
-        (b"VA 1 f0 kother O1\r\nx\r\n", |v| matches!(v, Violation::Unparsable(_))),
-        (b"VA 1 f0 O1 O2\r\nx\r\n", |v| matches!(v, Violation::Unparsable(_))),
+    type Expected = fn(&Violation) -> bool;
+    let cases: Vec<(&[u8], Expected)> = vec![
+        (b"VA 1 f0 O2\r\nx\r\n", |v| {
+            matches!(
+                v,
+                Violation::WrongOpaque {
+                    expected: 1,
+                    found: Some(2)
+                }
+            )
+        }),
+        (b"VA 1 f0\r\nx\r\n", |v| {
+            matches!(v, Violation::WrongOpaque { found: None, .. })
+        }),
+        (b"EN\r\n", |v| {
+            matches!(v, Violation::WrongOpaque { found: None, .. })
+        }),
+        (b"VA 1 f0 kother O1\r\nx\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
+        (b"VA 1 f0 O1 O2\r\nx\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
         (b"HD O1\r\n", |v| matches!(v, Violation::WrongKind { .. })),
         (b"END\r\n", |v| matches!(v, Violation::WrongKind { .. })),
-        (b"ERROR\r\n", |v| matches!(v, Violation::WrongKind { found: "ERROR", .. })),
-        (absurd.as_bytes(), |v| *v == Violation::AbsurdLength(1 << 31)),
-        (b"VA -1 f0 O1\r\n", |v| matches!(v, Violation::Unparsable(_))),
-        (b"VA 99999999999999999999999 O1\r\n", |v| matches!(v, Violation::Unparsable(_))),
+        (b"ERROR\r\n", |v| {
+            matches!(v, Violation::WrongKind { found: "ERROR", .. })
+        }),
+        (absurd.as_bytes(), |v| {
+            *v == Violation::AbsurdLength(1 << 31)
+        }),
+        (b"VA -1 f0 O1\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
+        (b"VA 99999999999999999999999 O1\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
         (b"VA 1 f0 O1\r\nxyz", |v| *v == Violation::UnterminatedValue),
         (&endless, |v| *v == Violation::LineTooLong),
-        (b"HTTP/1.1 400 Bad Request\r\n", |v| matches!(v, Violation::Unparsable(_))),
+        (b"HTTP/1.1 400 Bad Request\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
         (b"EN O1\n", |v| matches!(v, Violation::Unparsable(_))),
         (b"\n", |v| matches!(v, Violation::Unparsable(_))),
     ];
@@ -324,18 +377,34 @@ fn a_stream_out_of_step_is_a_violation_and_fails_what_is_in_flight() {
         let mut talk = Conversation::new();
         let ticket = talk.send(&get("k"));
         let violation = talk.receive(bytes).unwrap_err();
-        assert!(expected(&violation), "{:?}: {violation:?}", bytes.escape_ascii().to_string());
+        assert!(
+            expected(&violation),
+            "{:?}: {violation:?}",
+            bytes.escape_ascii().to_string()
+        );
         talk.close(violation);
         let error = talk.outcome(&ticket).unwrap().unwrap_err();
-        assert_eq!((error.kind(), error.sent()), (ErrorKind::Protocol, Sent::Maybe));
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (ErrorKind::Protocol, Sent::Maybe)
+        );
     }
 }
 
 #[test]
 fn what_nobody_asked_for_is_a_violation() {
-    for bytes in [&b"EN O1\r\n"[..], b"HD\r\n", b"VA 1 O1\r\nx\r\n", b"ERROR\r\n", b"MN\r\n"] {
+    for bytes in [
+        &b"EN O1\r\n"[..],
+        b"HD\r\n",
+        b"VA 1 O1\r\nx\r\n",
+        b"ERROR\r\n",
+        b"MN\r\n",
+    ] {
         let violation = Conversation::new().receive(bytes).unwrap_err();
-        assert!(matches!(violation, Violation::Unsolicited(_)), "{violation:?}");
+        assert!(
+            matches!(violation, Violation::Unsolicited(_)),
+            "{violation:?}"
+        );
         // A second answer is one that nobody asked for, too.
         let mut talk = Conversation::new();
         let ticket = talk.send(&get("k"));
@@ -368,13 +437,21 @@ fn an_error_in_a_multi_key_read_cannot_be_attributed() {
 fn a_rejected_write_ends_the_connection_after_telling_its_caller() {
     let mut talk = Conversation::new();
     let (write, next) = (talk.send(&set("k", "v")), talk.send(&get("k")));
-    let violation = talk.receive(b"CLIENT_ERROR bad data chunk\r\n").unwrap_err();
+    let violation = talk
+        .receive(b"CLIENT_ERROR bad data chunk\r\n")
+        .unwrap_err();
     assert!(matches!(violation, Violation::FramingLost(_)));
     talk.close(violation);
     let error = talk.outcome(&write).unwrap().unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::Rejected, Sent::Yes));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::Rejected, Sent::Yes)
+    );
     let error = talk.outcome(&next).unwrap().unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::Protocol, Sent::Maybe));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::Protocol, Sent::Maybe)
+    );
 }
 
 #[test]
@@ -390,8 +467,14 @@ fn a_server_error_is_one_requests_failure() {
           SERVER_ERROR object too large for cache\r\nEN O3\r\n",
     )
     .unwrap();
-    assert_eq!(talk.outcome(&full).unwrap().unwrap_err().kind(), ErrorKind::Server);
-    assert_eq!(talk.outcome(&large).unwrap().unwrap_err().kind(), ErrorKind::ValueTooLarge);
+    assert_eq!(
+        talk.outcome(&full).unwrap().unwrap_err().kind(),
+        ErrorKind::Server
+    );
+    assert_eq!(
+        talk.outcome(&large).unwrap().unwrap_err().kind(),
+        ErrorKind::ValueTooLarge
+    );
     assert_eq!(talk.value(&next), None);
 }
 
@@ -408,7 +491,10 @@ fn a_value_over_the_limit_is_skipped_without_being_kept() {
     }
     talk.receive(b"\r\nVA 1 f0 O2\r\nv\r\n").unwrap();
     let error = talk.outcome(&large).unwrap().unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::ValueTooLarge, Sent::Yes));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::ValueTooLarge, Sent::Yes)
+    );
     assert_eq!(talk.value(&next).as_deref(), Some(&b"v"[..]));
 }
 
@@ -416,7 +502,8 @@ fn a_value_over_the_limit_is_skipped_without_being_kept() {
 fn somebody_elses_lease_placeholder_is_a_miss() {
     let mut talk = Conversation::new();
     let (placeholder, empty) = (talk.send(&get("k")), talk.send(&get("k")));
-    talk.receive(b"VA 0 f0 O1 Z\r\n\r\nVA 0 f0 O2\r\n\r\n").unwrap();
+    talk.receive(b"VA 0 f0 O1 Z\r\n\r\nVA 0 f0 O2\r\n\r\n")
+        .unwrap();
     assert_eq!(talk.value(&placeholder), None);
     assert_eq!(talk.value(&empty).as_deref(), Some(&b""[..]));
 }
@@ -465,26 +552,43 @@ fn who_gives_up_after_it_is_written_keeps_its_place_and_its_reply_is_discarded()
     let dropped = talk.send(&get("a"));
     talk.pipeline.abandon(dropped);
     let next = talk.send(&get("b"));
-    assert!(talk.pipeline.oldest_sent_at().is_some(), "still awaited, for the stall detector");
-    talk.receive(b"VA 1 f0 O1\r\na\r\nVA 1 f0 O2\r\nb\r\n").unwrap();
+    assert!(
+        talk.pipeline.oldest_sent_at().is_some(),
+        "still awaited, for the stall detector"
+    );
+    talk.receive(b"VA 1 f0 O1\r\na\r\nVA 1 f0 O2\r\nb\r\n")
+        .unwrap();
     assert_eq!(talk.value(&next).as_deref(), Some(&b"b"[..]));
 }
 
 #[test]
 fn a_full_queue_is_an_immediate_error_and_is_usable_after() {
     let mut talk = Conversation::new();
-    let tickets: Vec<_> = (0..LIMITS.requests).map(|_| talk.queue(&get("k"))).collect();
+    let tickets: Vec<_> = (0..LIMITS.requests)
+        .map(|_| talk.queue(&get("k")))
+        .collect();
     let deadline = talk.now;
     let full = |talk: &mut Conversation, operation: &Operation| {
-        let error = talk.pipeline.enqueue(operation, deadline, None).unwrap_err();
-        assert_eq!((error.kind(), error.sent()), (ErrorKind::Overloaded, Sent::No));
+        let error = talk
+            .pipeline
+            .enqueue(operation, deadline, None)
+            .unwrap_err();
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (ErrorKind::Overloaded, Sent::No)
+        );
     };
     full(&mut talk, &get("k"));
     talk.write();
     full(&mut talk, &get("k"));
     talk.receive(b"EN O1\r\n").unwrap();
     talk.queue(&get("k"));
-    assert!(tickets.iter().skip(1).all(|ticket| talk.outcome(ticket).is_none()));
+    assert!(
+        tickets
+            .iter()
+            .skip(1)
+            .all(|ticket| talk.outcome(ticket).is_none())
+    );
     // In bytes, too.
     let mut talk = Conversation::new();
     talk.queue(&set("k", "v".repeat(LIMITS.queued_bytes / 2)));
@@ -502,9 +606,15 @@ fn the_end_of_a_connection_says_what_may_have_been_executed() {
     let queued = talk.queue(&get("c"));
     let error = Error::new(ErrorKind::ConnectionLost, "gone");
     talk.pipeline.close(&error, &mut talk.woken);
-    assert_eq!(talk.outcome(&written).unwrap().unwrap_err().sent(), Sent::Maybe);
+    assert_eq!(
+        talk.outcome(&written).unwrap().unwrap_err().sent(),
+        Sent::Maybe
+    );
     assert_eq!(talk.outcome(&taken).unwrap().unwrap_err().sent(), Sent::No);
-    assert!(talk.outcome(&queued).is_none(), "it goes over the next connection");
+    assert!(
+        talk.outcome(&queued).is_none(),
+        "it goes over the next connection"
+    );
     talk.pipeline.connected(2, true);
     assert_eq!(talk.write(), b"mg c v f O3\r\n");
     // One byte of it with the kernel is enough for doubt.
@@ -513,7 +623,10 @@ fn the_end_of_a_connection_says_what_may_have_been_executed() {
     talk.pipeline.take(&mut batch, now, 1, &mut talk.woken);
     talk.pipeline.wrote(1);
     talk.pipeline.close(&error, &mut talk.woken);
-    assert_eq!(talk.outcome(&taken).unwrap().unwrap_err().sent(), Sent::Maybe);
+    assert_eq!(
+        talk.outcome(&taken).unwrap().unwrap_err().sent(),
+        Sent::Maybe
+    );
 }
 
 #[test]
@@ -523,13 +636,17 @@ fn a_time_out_is_charged_only_for_what_was_sent() {
     let queued = talk.queue(&get("b"));
     let late = talk.now + Duration::from_millis(30);
     let mut charged = 0;
-    talk.pipeline.expire(late, Charge::Node, &mut talk.woken, |_| charged += 1);
+    talk.pipeline
+        .expire(late, Charge::Node, &mut talk.woken, |_| charged += 1);
     assert_eq!(charged, 1);
     let error = talk.outcome(&sent).unwrap().unwrap_err();
     assert_eq!((error.sent(), error.charge()), (Sent::Maybe, Charge::Node));
     let error = talk.outcome(&queued).unwrap().unwrap_err();
     assert_eq!((error.sent(), error.charge()), (Sent::No, Charge::Nobody));
-    assert!(talk.write().is_empty(), "what timed out in the queue is not sent");
+    assert!(
+        talk.write().is_empty(),
+        "what timed out in the queue is not sent"
+    );
     talk.receive(b"VA 1 f0 O1\r\na\r\n").unwrap();
 }
 
@@ -538,11 +655,15 @@ fn who_finds_the_deadline_first_is_told_whether_it_was_sent() {
     let mut talk = Conversation::new();
     let sent = talk.send(&get("a"));
     let error = talk.pipeline.give_up(sent).unwrap_err();
-    assert_eq!((error.sent(), error.charge()), (Sent::Maybe, Charge::Nobody));
+    assert_eq!(
+        (error.sent(), error.charge()),
+        (Sent::Maybe, Charge::Nobody)
+    );
     // The connection's own timer still judges it.
     let mut charged = 0;
     let late = talk.now + Duration::from_secs(1);
-    talk.pipeline.expire(late, Charge::Node, &mut talk.woken, |_| charged += 1);
+    talk.pipeline
+        .expire(late, Charge::Node, &mut talk.woken, |_| charged += 1);
     assert_eq!(charged, 1);
     // An answer that is there already wins.
     let answered = talk.send(&get("b"));
@@ -653,7 +774,10 @@ impl Exchange {
             (Self::Miss(_), Response::Value(found)) => assert_eq!(value(found), None),
             (Self::Set(..), Response::Stored(true)) | (Self::Version, Response::Version(_)) => {}
             (Self::Many(expected), Response::Values(found)) => {
-                let found: Vec<_> = found.into_iter().map(|found| value(found.unwrap())).collect();
+                let found: Vec<_> = found
+                    .into_iter()
+                    .map(|found| value(found.unwrap()))
+                    .collect();
                 assert_eq!(found, *expected);
             }
             (asked, answer) => panic!("{asked:?}: {answer:?}"),

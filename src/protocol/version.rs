@@ -47,8 +47,14 @@ mod tests {
 
     #[test]
     fn reads_what_servers_say_of_themselves() {
-        assert_eq!(ServerVersion::parse("1.6.18"), Some(ServerVersion(1, 6, 18)));
-        assert_eq!(ServerVersion::parse("1.6.40_2_gab12"), Some(ServerVersion(1, 6, 40)));
+        assert_eq!(
+            ServerVersion::parse("1.6.18"),
+            Some(ServerVersion(1, 6, 18))
+        );
+        assert_eq!(
+            ServerVersion::parse("1.6.40_2_gab12"),
+            Some(ServerVersion(1, 6, 40))
+        );
         assert_eq!(ServerVersion::parse("2.0"), None);
         assert_eq!(ServerVersion::parse("proxy"), None);
         assert_eq!(ServerVersion::parse(MINIMUM_VERSION), Some(MINIMUM));

@@ -65,7 +65,11 @@ impl Flights {
         let flight = &*boarded.flight;
         let turn = timeout_at(deadline, flight.turn.lock())
             .await
-            .map_err(|_| failed(format!("no value within {within:?}, while another caller loads")))?;
+            .map_err(|_| {
+                failed(format!(
+                    "no value within {within:?}, while another caller loads"
+                ))
+            })?;
         if let Some(outcome) = flight.outcome.get() {
             return outcome.clone().map(|payload| payload.map(Value::from));
         }
@@ -201,11 +205,17 @@ mod tests {
     async fn a_loader_that_panics_or_hangs_is_an_error() {
         let flights = Flights::default();
         let panics = async { panic!("a bug in the loader") };
-        let error = flights.load(&key(), SECOND, panics, stored).await.unwrap_err();
+        let error = flights
+            .load(&key(), SECOND, panics, stored)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Load);
         let hangs = std::future::pending();
         let begun = Instant::now();
-        let error = flights.load(&key(), SECOND, hangs, stored).await.unwrap_err();
+        let error = flights
+            .load(&key(), SECOND, hangs, stored)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Load);
         assert!(begun.elapsed() < SECOND * 2);
         assert!(flights.lock().is_empty());

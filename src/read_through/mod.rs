@@ -2,8 +2,8 @@
 //!
 //! Loads are coalesced: of all who miss on a key in this process at once, one loads. With
 //! [`Client::get_or_load`](crate::Client::get_or_load) the loader is a closure of the caller's;
-//! [`ReadThroughLayer`] puts a shared [`Loader`] under a whole stack. Both are the same engine,
-//! [`Flights`].
+//! [`ReadThroughLayer`] puts a shared [`Loader`] under a whole stack. Both are the same engine
+//! (`flight.rs`).
 //!
 //! A value that is loaded is given to everybody who waits before it is written to the cache; a
 //! write that fails costs the next reader a load and is counted

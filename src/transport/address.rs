@@ -88,7 +88,10 @@ impl FromStr for Address {
         if host.is_empty() {
             return Err(bad("has no host"));
         }
-        if host.bytes().any(|byte| byte <= b' ' || b"/@".contains(&byte)) {
+        if host
+            .bytes()
+            .any(|byte| byte <= b' ' || b"/@".contains(&byte))
+        {
             return Err(bad("has a host that cannot be one"));
         }
         let port = match port {
@@ -138,8 +141,18 @@ mod tests {
     #[test]
     fn names_the_address_it_refuses() {
         for text in [
-            "", ":11211", "host:", "host:0", "host:65536", "host:1:2", "[::1", "[::1]7", "[x]:1",
-            "unix:", "two words:1", "memcached://h:1",
+            "",
+            ":11211",
+            "host:",
+            "host:0",
+            "host:65536",
+            "host:1:2",
+            "[::1",
+            "[::1]7",
+            "[x]:1",
+            "unix:",
+            "two words:1",
+            "memcached://h:1",
         ] {
             let error = text.parse::<Address>().unwrap_err();
             assert_eq!(error.kind(), crate::ErrorKind::InvalidConfiguration);

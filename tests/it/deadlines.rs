@@ -78,7 +78,10 @@ async fn with_replies_that_drip_in_byte_by_byte() {
             });
         }
     });
-    let client = Client::builder().nodes([address.to_string()]).build().unwrap();
+    let client = Client::builder()
+        .nodes([address.to_string()])
+        .build()
+        .unwrap();
     let error = ends_in_time(client.get("k")).await;
     assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
 }
@@ -87,7 +90,9 @@ async fn with_replies_that_drip_in_byte_by_byte() {
 async fn with_a_layer_that_is_never_ready_or_never_answers() {
     let never_ready = ServiceBuilder::new()
         .concurrency_limit(0)
-        .service(service_fn(|_: Request| async { Ok::<_, tower::BoxError>(Response::Flushed) }));
+        .service(service_fn(|_: Request| async {
+            Ok::<_, tower::BoxError>(Response::Flushed)
+        }));
     let client = Client::from_service(never_ready);
     let error = ends_in_time(client.get("k")).await;
     assert_eq!((error.kind(), error.sent()), (ErrorKind::Timeout, Sent::No));
@@ -95,7 +100,10 @@ async fn with_a_layer_that_is_never_ready_or_never_answers() {
         service_fn(|_: Request| async { pending::<Result<Response, tower::BoxError>>().await });
     let client = Client::from_service(never_answers);
     let error = ends_in_time(client.get("k")).await;
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::Timeout, Sent::Maybe));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::Timeout, Sent::Maybe)
+    );
 }
 
 #[tokio::test]
@@ -149,7 +157,11 @@ async fn with_a_name_that_resolves_to_nothing_that_answers() {
             Box::pin(pending())
         }
     }
-    let client = Client::builder().nodes(["192.0.2.1"]).connector(Nowhere).build().unwrap();
+    let client = Client::builder()
+        .nodes(["192.0.2.1"])
+        .connector(Nowhere)
+        .build()
+        .unwrap();
     let error = ends_in_time(client.get("k")).await;
     assert_eq!(error.sent(), Sent::No);
 }
@@ -177,5 +189,9 @@ async fn get_many_returns_what_has_come_by_then() {
     servers[1].stall();
     let many = client.get_many(good.iter().chain(&bad)).await;
     let errors: Vec<_> = many.errors().map(|(place, _)| place).collect();
-    assert_eq!(errors, (10..20).collect::<Vec<_>>(), "the stalled node's keys, and only those");
+    assert_eq!(
+        errors,
+        (10..20).collect::<Vec<_>>(),
+        "the stalled node's keys, and only those"
+    );
 }

@@ -43,22 +43,34 @@ async fn redistribute_moves_a_refused_nodes_keys_to_the_next_node() {
     servers[1].refuse();
     until_open(&client, 1).await;
     for key in &keys {
-        assert_eq!(client.get(key).await.unwrap(), None, "the next node does not have it");
+        assert_eq!(
+            client.get(key).await.unwrap(),
+            None,
+            "the next node does not have it"
+        );
         client.set(key, "away", Ttl::NEVER).await.unwrap();
         assert_eq!(client.get(key).await.unwrap().unwrap(), "away");
         assert!(client.touch(key, Ttl::NEVER).await.unwrap());
     }
     // Nothing written away from home may outlive the outage for long.
-    let moved = servers.iter().flat_map(Server::requests).filter(|line| {
-        line.starts_with(b"ms ") && !String::from_utf8_lossy(line).contains(" T0 ")
-    });
+    let moved = servers
+        .iter()
+        .flat_map(Server::requests)
+        .filter(|line| line.starts_with(b"ms ") && !String::from_utf8_lossy(line).contains(" T0 "));
     let capped = moved.filter(|line| String::from_utf8_lossy(line).contains(" T60 "));
     assert_eq!(capped.count(), keys.len());
-    let uncapped = servers[0].requests().into_iter().chain(servers[2].requests());
+    let uncapped = servers[0]
+        .requests()
+        .into_iter()
+        .chain(servers[2].requests());
     let touches = uncapped.filter(|line| String::from_utf8_lossy(line).contains(" T0 "));
     assert_eq!(touches.count(), 0, "a touch is capped as well");
     let many = client.get_many(&keys).await;
-    assert!(many.outcomes().iter().all(|outcome| matches!(outcome, Outcome::Hit(_))));
+    assert!(
+        many.outcomes()
+            .iter()
+            .all(|outcome| matches!(outcome, Outcome::Hit(_)))
+    );
 }
 
 #[tokio::test]
@@ -75,7 +87,11 @@ async fn redistribute_moves_what_is_in_flight_when_a_node_stops_answering() {
     }
     let many = client.get_many(&keys).await;
     assert_eq!(many.errors().count(), 0);
-    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -101,7 +117,11 @@ async fn an_open_node_gets_probes_only_and_they_alone_bring_it_back() {
         assert!(asked.iter().all(|line| probe(line)), "{asked:?}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let canaries = servers[2].requests().iter().filter(|line| is_canary(line)).count();
+    let canaries = servers[2]
+        .requests()
+        .iter()
+        .filter(|line| is_canary(line))
+        .count();
     assert_eq!(canaries, 4, "two probes, each a write and a read");
     client.set(&keys[0], "back", Ttl::NEVER).await.unwrap();
     assert!(servers[2].peek(keys[0].as_bytes()).is_some());
@@ -148,13 +168,27 @@ async fn cancel_fails_at_once_and_unsent() {
         let error = client.set(key, "v", Ttl::NEVER).await.unwrap_err();
         assert_eq!(error.sent(), Sent::No);
     }
-    assert!(started.elapsed() < Duration::from_millis(100), "{:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_millis(100),
+        "{:?}",
+        started.elapsed()
+    );
     let after: u64 = servers.iter().map(commands).sum();
     assert_eq!(after, before, "no node was asked");
     let others = keys_of(&servers, 0, 5);
     let many = client.get_many(keys.iter().chain(&others)).await;
-    assert_eq!(many.errors().count(), 5, "its own keys are errors, not misses");
-    assert_eq!(many.outcomes()[5..].iter().filter(|o| matches!(o, Outcome::Miss)).count(), 5);
+    assert_eq!(
+        many.errors().count(),
+        5,
+        "its own keys are errors, not misses"
+    );
+    assert_eq!(
+        many.outcomes()[5..]
+            .iter()
+            .filter(|o| matches!(o, Outcome::Miss))
+            .count(),
+        5
+    );
 }
 
 #[tokio::test]
@@ -190,14 +224,19 @@ async fn retry_ends_at_its_deadline() {
     let keys = keys_of(&servers, 1, 3);
     let others = keys_of(&servers, 0, 3);
     let many = client.get_many(keys.iter().chain(&others)).await;
-    assert_eq!(many.errors().map(|(place, _)| place).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(
+        many.errors().map(|(place, _)| place).collect::<Vec<_>>(),
+        [0, 1, 2]
+    );
 }
 
 #[tokio::test]
 async fn what_must_not_run_twice_is_neither_moved_nor_repeated() {
     let servers = servers(3).await;
     for mode in [FailureMode::Redistribute, FailureMode::Retry] {
-        let client = client(&servers, mode).with_timeout(Duration::from_millis(600)).unwrap();
+        let client = client(&servers, mode)
+            .with_timeout(Duration::from_millis(600))
+            .unwrap();
         let key = keys_of(&servers, 1, 1).remove(0);
         client.set(&key, "1", Ttl::NEVER).await.unwrap();
         // It executes what it gets, and its replies do not come back.
@@ -212,12 +251,20 @@ async fn what_must_not_run_twice_is_neither_moved_nor_repeated() {
         for elsewhere in [0, 2] {
             assert_eq!(servers[elsewhere].commands_named("ma"), 0);
         }
-        let before: u64 = servers.iter().map(|server| server.commands_named("ms")).sum();
+        let before: u64 = servers
+            .iter()
+            .map(|server| server.commands_named("ms"))
+            .sum();
         assert!(client.append(&key, "x").await.is_err());
         assert!(client.add(&key, "x", Ttl::NEVER).await.is_err());
-        let after: u64 = servers.iter().map(|server| server.commands_named("ms")).sum();
+        let after: u64 = servers
+            .iter()
+            .map(|server| server.commands_named("ms"))
+            .sum();
         let requests = servers[1].requests();
-        let canaries = requests.iter().filter(|line| line.starts_with(b"ms") && is_canary(line));
+        let canaries = requests
+            .iter()
+            .filter(|line| line.starts_with(b"ms") && is_canary(line));
         assert!(after - before <= 2 + canaries.count() as u64);
         servers[1].heal().unwrap();
         until_closed(&client, 1).await;
@@ -229,24 +276,36 @@ async fn what_must_not_run_twice_is_neither_moved_nor_repeated() {
     servers[1].refuse();
     until_open(&client, 1).await;
     let error = client.increment(&key, 1).await.unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::NodeUnavailable, Sent::No));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::NodeUnavailable, Sent::No)
+    );
 }
 
 #[tokio::test]
 async fn when_most_nodes_are_out_the_rest_are_not_loaded_with_their_keys() {
     let servers = servers(3).await;
     let client = client(&servers, FailureMode::Redistribute);
-    let keys: Vec<_> = (0..3).map(|index| keys_of(&servers, index, 1).remove(0)).collect();
+    let keys: Vec<_> = (0..3)
+        .map(|index| keys_of(&servers, index, 1).remove(0))
+        .collect();
     client.get_many(&keys).await;
     servers[0].refuse();
     until_open(&client, 0).await;
-    assert_eq!(client.get(&keys[0]).await.unwrap(), None, "one of three may be moved");
+    assert_eq!(
+        client.get(&keys[0]).await.unwrap(),
+        None,
+        "one of three may be moved"
+    );
     servers[1].refuse();
     until_open(&client, 1).await;
     let before = commands(&servers[2]);
     for key in &keys[..2] {
         let error = client.get(key).await.unwrap_err();
-        assert_eq!((error.kind(), error.sent()), (ErrorKind::NodeUnavailable, Sent::No));
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (ErrorKind::NodeUnavailable, Sent::No)
+        );
     }
     assert_eq!(commands(&servers[2]), before);
     client.get(&keys[2]).await.unwrap();
@@ -260,7 +319,11 @@ async fn a_lost_connection_is_not_a_lost_node() {
     client.set(&key, "v", Ttl::NEVER).await.unwrap();
     for _ in 0..30 {
         servers[1].reset_connections();
-        assert_eq!(client.get(&key).await.unwrap().unwrap(), "v", "from its own node");
+        assert_eq!(
+            client.get(&key).await.unwrap().unwrap(),
+            "v",
+            "from its own node"
+        );
     }
     assert_eq!(state(&client, 1), BreakerState::Closed);
 }
@@ -288,7 +351,10 @@ async fn retries_spend_a_budget() {
             Err(_) => failed += 1,
         }
     }
-    assert!(moved <= 100, "{moved} moved and {failed} failed on a budget of 100");
+    assert!(
+        moved <= 100,
+        "{moved} moved and {failed} failed on a budget of 100"
+    );
     assert!(failed >= 30);
 }
 

@@ -10,7 +10,7 @@ use tower::timeout::TimeoutLayer;
 use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt as _, service_fn};
 use tower_memcached::{
-    BoxedService, Cluster, ClusterSettings, Client, Error, ErrorKind, Executor, FailureMode,
+    BoxedService, Client, Cluster, ClusterSettings, Error, ErrorKind, Executor, FailureMode,
     GroupLayer, Key, KillSwitch, Loader, Node, NodeLayer, NodeSettings, NodeSpec, Operation,
     Payload, Pipelined, PipelinedSettings, ReadThroughLayer, Request, Response, SystemConnector,
     Ttl, Value,
@@ -77,17 +77,20 @@ async fn the_layer_added_first_is_the_outermost() {
 async fn a_layers_own_error_keeps_its_source_and_ours_stay_ours() {
     let server = server().await;
     let client = patient(std::slice::from_ref(&server))
-        .layer(ServiceBuilder::new().map_result(|outcome: Result<Response, Error>| {
-            match outcome {
+        .layer(
+            ServiceBuilder::new().map_result(|outcome: Result<Response, Error>| match outcome {
                 Ok(_) => Err::<Response, BoxError>("forbidden".into()),
                 Err(error) => Err(error.into()),
-            }
-        }))
+            }),
+        )
         .build()
         .unwrap();
     let error = client.get("k").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Layer);
-    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "forbidden");
+    assert_eq!(
+        std::error::Error::source(&error).unwrap().to_string(),
+        "forbidden"
+    );
     let large = vec![0; 2 << 20];
     let error = client.set("k", large, Ttl::NEVER).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ValueTooLarge);
@@ -127,11 +130,19 @@ async fn a_stack_can_be_built_by_hand() {
         &executor,
         move |spec| {
             let name = spec.name().clone();
-            Node::new(name, transport(spec), settings.clone(), &Executor::current()).unwrap()
+            Node::new(
+                name,
+                transport(spec),
+                settings.clone(),
+                &Executor::current(),
+            )
+            .unwrap()
         },
     )
     .unwrap();
-    let client = Client::from_service(cluster).with_timeout(Duration::from_secs(5)).unwrap();
+    let client = Client::from_service(cluster)
+        .with_timeout(Duration::from_secs(5))
+        .unwrap();
     client.set("k", "v", Ttl::NEVER).await.unwrap();
     assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
     assert_eq!(client.version().await.unwrap().len(), 2);
@@ -148,7 +159,10 @@ async fn a_stack_can_be_built_by_hand() {
     let node = ServiceBuilder::new().layer(layer).service(transport);
     let client = Client::from_service(node);
     client.set("k", "v", Ttl::NEVER).await.unwrap();
-    assert_eq!(client.version().await.unwrap()[0].result.as_ref().unwrap(), "1.6.18");
+    assert_eq!(
+        client.version().await.unwrap()[0].result.as_ref().unwrap(),
+        "1.6.18"
+    );
 }
 
 fn spec_address(spec: &NodeSpec) -> tower_memcached::Address {
@@ -181,7 +195,10 @@ async fn a_node_around_any_service_opens_on_its_timeouts_and_closes_by_probes() 
     let settings = NodeSettings::default();
     let node = Node::new("mock", service, settings, &Executor::current()).unwrap();
     let get = || {
-        let operation = Operation::Get { key: Key::new("k").unwrap(), with_cas: false };
+        let operation = Operation::Get {
+            key: Key::new("k").unwrap(),
+            with_cas: false,
+        };
         node.clone().oneshot(Request::new(operation))
     };
     for _ in 0..3 {
@@ -210,21 +227,32 @@ async fn a_group_has_its_own_keys_limit_and_kill_switch() {
             .max_in_flight(2)
             .kill_switch(switch.clone())
     };
-    let (users, carts) = (client.layer(group("users")), client.layer(GroupLayer::new("carts")));
+    let (users, carts) = (
+        client.layer(group("users")),
+        client.layer(GroupLayer::new("carts")),
+    );
     users.set("1", "ada", Ttl::NEVER).await.unwrap();
     assert_eq!(server.peek("users:1").unwrap(), "ada");
     let long = "k".repeat(248);
     let many = users.get_many(["1", &long, "2"]).await;
     assert_eq!(many.outcomes()[0].value().unwrap(), &"ada");
-    assert_eq!(many.errors().map(|(place, _)| place).collect::<Vec<_>>(), [1]);
-    assert_eq!(users.get(&long).await.unwrap_err().kind(), ErrorKind::InvalidKey);
+    assert_eq!(
+        many.errors().map(|(place, _)| place).collect::<Vec<_>>(),
+        [1]
+    );
+    assert_eq!(
+        users.get(&long).await.unwrap_err().kind(),
+        ErrorKind::InvalidKey
+    );
 
     server.stall();
     let waiting: Vec<_> = (0..3)
-        .map(|_| tokio::spawn({
-            let users = users.clone();
-            async move { users.get("1").await }
-        }))
+        .map(|_| {
+            tokio::spawn({
+                let users = users.clone();
+                async move { users.get("1").await }
+            })
+        })
         .collect();
     let mut shed = 0;
     crate::support::eventually("the third is shed", || {
@@ -242,10 +270,17 @@ async fn a_group_has_its_own_keys_limit_and_kill_switch() {
     assert!(refused[0].is_overloaded() && refused[0].to_string().contains("users"));
 
     switch.throw();
-    assert_eq!(users.get("1").await.unwrap_err().kind(), ErrorKind::Disabled);
+    assert_eq!(
+        users.get("1").await.unwrap_err().kind(),
+        ErrorKind::Disabled
+    );
     assert_eq!(carts.get("1").await.unwrap(), None, "another group goes on");
     let load = || async { Ok::<_, BoxError>(Some("from the database")) };
-    let value = users.get_or_load("1", Ttl::NEVER, load).await.unwrap().unwrap();
+    let value = users
+        .get_or_load("1", Ttl::NEVER, load)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(value, "from the database");
     switch.reset();
     assert_eq!(users.get("1").await.unwrap().unwrap(), "ada");
@@ -270,13 +305,23 @@ async fn a_shared_loader_under_a_whole_stack() {
     let server = server().await;
     let loads = Arc::new(AtomicUsize::new(0));
     let layer = ReadThroughLayer::new(Database(loads.clone()), Ttl::secs(60));
-    let client = patient(std::slice::from_ref(&server)).layer(layer).build().unwrap();
+    let client = patient(std::slice::from_ref(&server))
+        .layer(layer)
+        .build()
+        .unwrap();
     let gets = futures::future::join_all((0..100).map(|_| client.get("k")));
-    assert!(gets.await.into_iter().all(|value| value.unwrap().unwrap() == "k"));
+    assert!(
+        gets.await
+            .into_iter()
+            .all(|value| value.unwrap().unwrap() == "k")
+    );
     assert_eq!(loads.load(Ordering::Relaxed), 1);
     assert_eq!(server.peek("k").unwrap(), "k");
     assert_eq!(client.get("none").await.unwrap(), None);
     let error = client.get("broken").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Load);
-    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "no such table");
+    assert_eq!(
+        std::error::Error::source(&error).unwrap().to_string(),
+        "no such table"
+    );
 }

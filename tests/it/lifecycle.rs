@@ -10,7 +10,11 @@ use crate::support::{addresses, eventually, patient, server, servers};
 #[test]
 fn a_client_is_built_without_a_network_or_a_runtime() {
     let client = Client::builder()
-        .nodes(["no-such-host.invalid", "192.0.2.1:1", "unix:/no/such/socket"])
+        .nodes([
+            "no-such-host.invalid",
+            "192.0.2.1:1",
+            "unix:/no/such/socket",
+        ])
         .build()
         .unwrap();
     assert_eq!(client.nodes().len(), 3);
@@ -37,7 +41,10 @@ fn a_client_with_threads_of_its_own_works_outside_a_runtime() {
         client.set("k", "v", Ttl::NEVER).await.unwrap();
         assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
         server.stall();
-        let quick = client.clone().with_timeout(Duration::from_millis(50)).unwrap();
+        let quick = client
+            .clone()
+            .with_timeout(Duration::from_millis(50))
+            .unwrap();
         assert_eq!(quick.get("k").await.unwrap_err().kind(), ErrorKind::Timeout);
     });
 }
@@ -64,7 +71,10 @@ fn what_makes_no_sense_is_refused_and_named() {
     for (built, named) in [
         (Client::builder().build(), "no nodes"),
         (builder().nodes(["host:port"]).build(), "host:port"),
-        (builder().nodes(["127.0.0.1:11211"]).build(), "127.0.0.1:11211"),
+        (
+            builder().nodes(["127.0.0.1:11211"]).build(),
+            "127.0.0.1:11211",
+        ),
         (builder().weighted_node("b", 0).build(), "weight"),
         (builder().timeout(zero).build(), "timeout is zero"),
         (builder().attempt_timeout(zero).build(), "attempt timeout"),
@@ -77,9 +87,14 @@ fn what_makes_no_sense_is_refused_and_named() {
         (builder().max_attempts(0).build(), "attempt"),
         (builder().max_value_size(2 << 30).build(), "1 GiB"),
     ] {
-        let error = built.err().unwrap_or_else(|| panic!("{named} was accepted"));
+        let error = built
+            .err()
+            .unwrap_or_else(|| panic!("{named} was accepted"));
         assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
-        assert!(error.to_string().contains(named), "{error} does not name {named}");
+        assert!(
+            error.to_string().contains(named),
+            "{error} does not name {named}"
+        );
     }
     assert!(NodeSpec::new("").is_err());
     let _ = PipelinedSettings::default();
@@ -89,11 +104,20 @@ fn what_makes_no_sense_is_refused_and_named() {
 async fn dropping_the_last_handle_closes_every_connection() {
     let servers = servers(3).await;
     for executor in [Executor::current(), Executor::dedicated("dropped", 2)] {
-        let client = patient(&servers).executor(executor).connections(2).build().unwrap();
+        let client = patient(&servers)
+            .executor(executor)
+            .connections(2)
+            .build()
+            .unwrap();
         for _ in 0..2 {
             client.version().await.unwrap();
         }
-        let open = || servers.iter().map(|server| server.open_connections()).sum::<usize>();
+        let open = || {
+            servers
+                .iter()
+                .map(|server| server.open_connections())
+                .sum::<usize>()
+        };
         eventually("both connections of each are up", || open() == 6).await;
         let clone = client.clone();
         drop(client);
@@ -114,7 +138,10 @@ async fn dropping_a_client_whose_node_is_out_ends_its_probes() {
     let metrics = tokio::runtime::Handle::current().metrics();
     let with_client = metrics.num_alive_tasks();
     drop(client);
-    eventually("its tasks end", || metrics.num_alive_tasks() + 2 <= with_client).await;
+    eventually("its tasks end", || {
+        metrics.num_alive_tasks() + 2 <= with_client
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -24,7 +24,12 @@ async fn every_operation(client: Client) {
     assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
     assert!(!client.add("k", "w", Ttl::secs(60)).await.unwrap());
     assert!(client.add("added", b"w", Ttl::secs(60)).await.unwrap());
-    assert!(client.replace("k", vec![1, 2], Ttl::secs(60)).await.unwrap());
+    assert!(
+        client
+            .replace("k", vec![1, 2], Ttl::secs(60))
+            .await
+            .unwrap()
+    );
     assert!(!client.replace("missing", "w", Ttl::secs(60)).await.unwrap());
     assert!(client.append("k", b"\r\n").await.unwrap());
     assert!(client.prepend("k", [0_u8; 1].as_slice()).await.unwrap());
@@ -33,7 +38,10 @@ async fn every_operation(client: Client) {
 
     let flagged = Payload::from("flagged").with_flags(u32::MAX);
     client.set("flags", flagged, Ttl::NEVER).await.unwrap();
-    assert_eq!(client.get("flags").await.unwrap().unwrap().flags(), u32::MAX);
+    assert_eq!(
+        client.get("flags").await.unwrap().unwrap().flags(),
+        u32::MAX
+    );
 
     let read = client.gets("k").await.unwrap().unwrap();
     assert_eq!(client.get("k").await.unwrap().unwrap().cas(), None);
@@ -51,7 +59,10 @@ async fn every_operation(client: Client) {
     assert_eq!(client.get("n").await.unwrap().unwrap()[..1], *b"8");
     assert_eq!(client.decrement("n", 100).await.unwrap(), Some(0));
     assert_eq!(client.increment("missing", 1).await.unwrap(), None);
-    client.set("n", u64::MAX.to_string(), Ttl::NEVER).await.unwrap();
+    client
+        .set("n", u64::MAX.to_string(), Ttl::NEVER)
+        .await
+        .unwrap();
     assert_eq!(client.increment("n", 1).await.unwrap(), Some(0));
     let error = client.increment("flags", 1).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotANumber);
@@ -59,25 +70,47 @@ async fn every_operation(client: Client) {
     assert!(client.touch("n", Ttl::secs(60)).await.unwrap());
     assert!(!client.touch("missing", Ttl::secs(60)).await.unwrap());
     // The server leaves the spaces of the longer number.
-    let counter = client.get_and_touch("n", Ttl::NEVER).await.unwrap().unwrap();
+    let counter = client
+        .get_and_touch("n", Ttl::NEVER)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(counter.trim_ascii_end(), b"0");
-    assert_eq!(client.get_and_touch("missing", Ttl::NEVER).await.unwrap(), None);
+    assert_eq!(
+        client.get_and_touch("missing", Ttl::NEVER).await.unwrap(),
+        None
+    );
     // Expired at once, where the protocol's 0 would be for ever.
     assert!(client.touch("n", Ttl::secs(0)).await.unwrap());
     assert_eq!(client.get("n").await.unwrap(), None);
-    client.set("n", "1", Ttl::secs(60 * 60 * 24 * 60)).await.unwrap();
-    assert_eq!(client.get("n").await.unwrap().unwrap(), "1", "60 days are not a date in 1970");
+    client
+        .set("n", "1", Ttl::secs(60 * 60 * 24 * 60))
+        .await
+        .unwrap();
+    assert_eq!(
+        client.get("n").await.unwrap().unwrap(),
+        "1",
+        "60 days are not a date in 1970"
+    );
 
     let binary = Key::binary([0, 10, 13, 32, 255]).unwrap();
     client.set(&binary, "b", Ttl::NEVER).await.unwrap();
     assert_eq!(client.get(&binary).await.unwrap().unwrap(), "b");
-    assert_eq!(client.get_many([&binary]).await.outcomes()[0].value().unwrap(), &"b");
+    assert_eq!(
+        client.get_many([&binary]).await.outcomes()[0]
+            .value()
+            .unwrap(),
+        &"b"
+    );
     let longest = "x".repeat(250);
     client.set(&longest, "long", Ttl::NEVER).await.unwrap();
     assert_eq!(client.get(&longest).await.unwrap().unwrap(), "long");
     for size in [0, 1, 4096, 4097, 65_536, 900_000] {
         let value = vec![b'z'; size];
-        client.set("sized", value.clone(), Ttl::NEVER).await.unwrap();
+        client
+            .set("sized", value.clone(), Ttl::NEVER)
+            .await
+            .unwrap();
         assert_eq!(client.get("sized").await.unwrap().unwrap(), &value[..]);
     }
 
@@ -88,14 +121,22 @@ async fn every_operation(client: Client) {
     let stats = client.stats().await.unwrap();
     assert_eq!(stats.len(), nodes);
     assert!(stats[0].result.as_ref().unwrap().contains_key("curr_items"));
-    client.flush_all().await.unwrap().into_iter().for_each(|answer| answer.result.unwrap());
+    client
+        .flush_all()
+        .await
+        .unwrap()
+        .into_iter()
+        .for_each(|answer| answer.result.unwrap());
     assert_eq!(client.get("n").await.unwrap(), None);
 }
 
 #[tokio::test]
 async fn all_work_on_the_in_process_server() {
     let servers = servers(3).await;
-    let nodes: Vec<_> = servers.iter().map(|server| server.address().unwrap().to_string()).collect();
+    let nodes: Vec<_> = servers
+        .iter()
+        .map(|server| server.address().unwrap().to_string())
+        .collect();
     every_operation(builder(&nodes).build().unwrap()).await;
     let one = &nodes[..1];
     every_operation(builder(one).executor(Executor::current()).build().unwrap()).await;
@@ -107,8 +148,14 @@ async fn all_work_on_real_memcached() {
     let servers: Vec<_> = (0..3).map(|_| Memcached::spawn(&[]).unwrap()).collect();
     let nodes: Vec<_> = servers.iter().map(Memcached::address).collect();
     every_operation(builder(&nodes).build().unwrap()).await;
-    every_operation(builder(&nodes).executor(Executor::current()).connections(3).build().unwrap())
-        .await;
+    every_operation(
+        builder(&nodes)
+            .executor(Executor::current())
+            .connections(3)
+            .build()
+            .unwrap(),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -116,8 +163,14 @@ async fn many_keys_come_back_in_order_each_with_its_own_outcome() {
     let servers = servers(3).await;
     let client = patient(&servers).build().unwrap();
     let keys: Vec<String> = (0..1000).map(|n| format!("key-{n}")).collect();
-    let sets = keys.iter().step_by(2).map(|key| client.set(key, key, Ttl::NEVER));
-    join_all(sets).await.into_iter().for_each(|stored| stored.unwrap());
+    let sets = keys
+        .iter()
+        .step_by(2)
+        .map(|key| client.set(key, key, Ttl::NEVER));
+    join_all(sets)
+        .await
+        .into_iter()
+        .for_each(|stored| stored.unwrap());
     // Repeated keys and invalid ones among them.
     let asked: Vec<&str> = keys
         .iter()
@@ -133,7 +186,9 @@ async fn many_keys_come_back_in_order_each_with_its_own_outcome() {
                 Outcome::Error(error) => panic!("{error}"),
             }
         }
-        assert!(matches!(&outcomes[1], Outcome::Error(error) if error.kind() == ErrorKind::InvalidKey));
+        assert!(
+            matches!(&outcomes[1], Outcome::Error(error) if error.kind() == ErrorKind::InvalidKey)
+        );
     }
     assert_eq!(many.into_hits().len(), 500);
     assert!(client.get_many([] as [&str; 0]).await.is_empty());
@@ -157,11 +212,20 @@ async fn a_value_that_is_not_there_is_loaded_once_and_kept() {
         assert_eq!(value.unwrap().unwrap(), "borrowed by the loader");
     }
     assert_eq!(loads.load(Ordering::Relaxed), 1);
-    assert_eq!(client.get("k").await.unwrap().unwrap(), "borrowed by the loader");
+    assert_eq!(
+        client.get("k").await.unwrap().unwrap(),
+        "borrowed by the loader"
+    );
     client.get_or_load("k", Ttl::secs(60), load).await.unwrap();
     assert_eq!(loads.load(Ordering::Relaxed), 1, "it is in the cache now");
     let nothing = || async { Ok::<Option<&str>, std::io::Error>(None) };
-    assert_eq!(client.get_or_load("none", Ttl::secs(60), nothing).await.unwrap(), None);
+    assert_eq!(
+        client
+            .get_or_load("none", Ttl::secs(60), nothing)
+            .await
+            .unwrap(),
+        None
+    );
 }
 
 #[tokio::test]
@@ -174,6 +238,9 @@ async fn a_cache_that_is_down_is_loaded_around() {
         let value = client.get_or_load("k", Ttl::secs(60), load).await.unwrap();
         assert_eq!(value.unwrap(), "from the database");
     }
-    let error = client.get_or_load("not a key", Ttl::NEVER, load).await.unwrap_err();
+    let error = client
+        .get_or_load("not a key", Ttl::NEVER, load)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidKey);
 }

@@ -83,7 +83,10 @@ async fn a_cas_token_from_before_a_restart_is_refused_unsent() {
     assert_eq!(outcome, CasOutcome::Exists);
     let fresh = client.gets("k").await.unwrap().unwrap();
     assert_eq!(fresh, "new");
-    let outcome = client.cas("k", "next", Ttl::NEVER, fresh.cas().unwrap()).await.unwrap();
+    let outcome = client
+        .cas("k", "next", Ttl::NEVER, fresh.cas().unwrap())
+        .await
+        .unwrap();
     assert_eq!(outcome, CasOutcome::Stored);
     // Another node's token is not this one's, whatever its number.
     let other = Memcached::spawn(&[]).unwrap();
@@ -122,7 +125,10 @@ async fn a_killed_node_is_out_at_once_and_back_after_probes() {
             None => misses += 1,
         }
     }
-    assert!((30..200).contains(&misses), "one node's share misses: {misses}");
+    assert!(
+        (30..200).contains(&misses),
+        "one node's share misses: {misses}"
+    );
     nodes[1].restart().unwrap();
     eventually("its breaker closes", || {
         client.nodes()[1].state == BreakerState::Closed
@@ -132,7 +138,11 @@ async fn a_killed_node_is_out_at_once_and_back_after_probes() {
         client.set(key, value_of(key), Ttl::NEVER).await.unwrap();
     }
     let many = client.get_many(&keys).await;
-    assert!(many.outcomes().iter().all(|outcome| matches!(outcome, Outcome::Hit(_))));
+    assert!(
+        many.outcomes()
+            .iter()
+            .all(|outcome| matches!(outcome, Outcome::Hit(_)))
+    );
 }
 
 /// 14 of FAULTS: a node without memory refuses writes, answers reads, and is not to blame.
@@ -149,7 +159,9 @@ async fn a_full_node_refuses_writes_and_serves_reads() {
     client.set("small", "v", Ttl::NEVER).await.unwrap();
     let mut refusals = 0;
     for n in 0..200 {
-        let stored = client.set(format!("k{n}"), vec![b'x'; 100_000], Ttl::NEVER).await;
+        let stored = client
+            .set(format!("k{n}"), vec![b'x'; 100_000], Ttl::NEVER)
+            .await;
         if let Err(error) = stored {
             assert_eq!(error.kind(), ErrorKind::Server, "{error}");
             refusals += 1;
@@ -166,7 +178,10 @@ async fn a_full_node_refuses_writes_and_serves_reads() {
         .attempt_timeout(Duration::from_secs(1))
         .build()
         .unwrap();
-    let error = client.set("small", vec![b'x'; 2 << 20], Ttl::NEVER).await.unwrap_err();
+    let error = client
+        .set("small", vec![b'x'; 2 << 20], Ttl::NEVER)
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ValueTooLarge);
     assert_eq!(client.get("small").await.unwrap(), None);
 }
@@ -178,7 +193,9 @@ async fn a_node_at_its_connection_limit_is_not_condemned() {
     let mut held = Vec::new();
     loop {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let mut stream = tokio::net::TcpStream::connect(node.socket_address()).await.unwrap();
+        let mut stream = tokio::net::TcpStream::connect(node.socket_address())
+            .await
+            .unwrap();
         let _ = stream.write_all(b"version\r\n").await;
         let mut reply = [0; 64];
         match stream.read(&mut reply).await {

@@ -55,9 +55,11 @@ pub(crate) fn keys_of(servers: &[Server], index: usize, count: usize) -> Vec<Key
         .map(|address| NodeSpec::new(address).unwrap())
         .collect();
     let mut candidates = (0..).map(|n| Key::new(format!("key-{n}")).unwrap());
-    std::iter::from_fn(|| candidates.find(|key| Ring::default().node_of(&specs, key) == Some(index)))
-        .take(count)
-        .collect()
+    std::iter::from_fn(|| {
+        candidates.find(|key| Ring::default().node_of(&specs, key) == Some(index))
+    })
+    .take(count)
+    .collect()
 }
 
 pub(crate) fn state<S>(client: &Client<S>, index: usize) -> BreakerState {
@@ -65,9 +67,15 @@ pub(crate) fn state<S>(client: &Client<S>, index: usize) -> BreakerState {
 }
 
 pub(crate) async fn until_open<S>(client: &Client<S>, index: usize) {
-    eventually("the breaker opens", || state(client, index) == BreakerState::Open).await;
+    eventually("the breaker opens", || {
+        state(client, index) == BreakerState::Open
+    })
+    .await;
 }
 
 pub(crate) async fn until_closed<S>(client: &Client<S>, index: usize) {
-    eventually("the breaker closes", || state(client, index) == BreakerState::Closed).await;
+    eventually("the breaker closes", || {
+        state(client, index) == BreakerState::Closed
+    })
+    .await;
 }

@@ -15,7 +15,10 @@ async fn pair() -> (Client, Server) {
     for key in ["a", "b", "c"] {
         server.insert(key, format!("value of {key}"));
     }
-    let client = patient(std::slice::from_ref(&server)).max_attempts(1).build().unwrap();
+    let client = patient(std::slice::from_ref(&server))
+        .max_attempts(1)
+        .build()
+        .unwrap();
     assert_eq!(client.get("a").await.unwrap().unwrap(), "value of a");
     (client, server)
 }
@@ -35,7 +38,10 @@ async fn refuses(rewrite: impl Fn(&[u8], Vec<u8>) -> Vec<u8> + Send + Sync + 'st
     assert_eq!(error.sent(), Sent::Maybe);
     assert!(error.node().is_some());
     server.heal().unwrap();
-    eventually("a new connection", || server.connections_accepted() > connections).await;
+    eventually("a new connection", || {
+        server.connections_accepted() > connections
+    })
+    .await;
     // The replaced connection may be waiting out its backoff.
     loop {
         match client.get("c").await {
@@ -101,17 +107,28 @@ async fn a_double_reply_ends_the_connection_and_not_the_answer() {
     });
     let connections = server.connections_accepted();
     assert_eq!(client.get("b").await.unwrap().unwrap(), "value of b");
-    eventually("it is replaced", || server.connections_accepted() > connections).await;
+    eventually("it is replaced", || {
+        server.connections_accepted() > connections
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_reply_nobody_asked_for_ends_the_connection() {
     let (client, server) = pair().await;
-    for unsolicited in ["VA 10 f0 O2\r\nvalue of x\r\n", "EN\r\n", "ERROR\r\n", "garbage"] {
+    for unsolicited in [
+        "VA 10 f0 O2\r\nvalue of x\r\n",
+        "EN\r\n",
+        "ERROR\r\n",
+        "garbage",
+    ] {
         let connections = server.connections_accepted();
         let bytes = format!("{unsolicited}\r\n");
         server.unsolicited(bytes);
-        eventually("it is replaced", || server.connections_accepted() > connections).await;
+        eventually("it is replaced", || {
+            server.connections_accepted() > connections
+        })
+        .await;
         eventually("it is up", || client.nodes()[0].connections == 1).await;
         assert_eq!(client.get("b").await.unwrap().unwrap(), "value of b");
     }
@@ -140,7 +157,10 @@ async fn a_server_that_closes_after_its_reply_costs_nothing() {
         assert_eq!(client.get("b").await.unwrap().unwrap(), "value of b");
         let connections = server.connections_accepted();
         server.close_connections();
-        eventually("it is replaced", || server.connections_accepted() > connections).await;
+        eventually("it is replaced", || {
+            server.connections_accepted() > connections
+        })
+        .await;
         eventually("it is up", || client.nodes()[0].connections == 1).await;
     }
 }
@@ -164,7 +184,10 @@ async fn a_dropped_get_does_not_shift_the_replies_of_those_behind_it() {
         assert_eq!(c.unwrap().unwrap(), "value of c");
     }
     assert_eq!(server.connections_accepted(), 1, "over the same connection");
-    eventually("nothing is left behind", || client.nodes()[0].in_flight == 0).await;
+    eventually("nothing is left behind", || {
+        client.nodes()[0].in_flight == 0
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -190,12 +213,18 @@ async fn invalid_keys_never_open_a_socket() {
             client.delete(key).await.unwrap_err(),
             client.increment(key, 1).await.unwrap_err(),
         ] {
-            assert_eq!((error.kind(), error.sent()), (ErrorKind::InvalidKey, Sent::No));
+            assert_eq!(
+                (error.kind(), error.sent()),
+                (ErrorKind::InvalidKey, Sent::No)
+            );
         }
     }
     let large = vec![b'v'; (1 << 20) + 1];
     let error = client.set("k", large, Ttl::NEVER).await.unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::ValueTooLarge, Sent::No));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::ValueTooLarge, Sent::No)
+    );
     assert!(error.to_string().contains("1048577"), "{error}");
     assert_eq!(server.connections_accepted(), 0);
 }
@@ -205,7 +234,10 @@ async fn a_stored_value_over_the_limit_is_an_error_and_leaves_the_others_alone()
     let server = server().await;
     server.insert("large", vec![b'x'; 500_000]);
     server.insert("small", "s");
-    let client = patient(std::slice::from_ref(&server)).max_value_size(1000).build().unwrap();
+    let client = patient(std::slice::from_ref(&server))
+        .max_value_size(1000)
+        .build()
+        .unwrap();
     let (large, small) = tokio::join!(client.get("large"), client.get("small"));
     assert_eq!(large.unwrap_err().kind(), ErrorKind::ValueTooLarge);
     assert_eq!(small.unwrap().unwrap(), "s");
@@ -218,7 +250,10 @@ async fn a_stored_value_over_the_limit_is_an_error_and_leaves_the_others_alone()
 #[tokio::test]
 async fn a_full_queue_is_an_immediate_error_and_all_is_well_after() {
     let server = server().await;
-    let client = patient(std::slice::from_ref(&server)).max_in_flight(10).build().unwrap();
+    let client = patient(std::slice::from_ref(&server))
+        .max_in_flight(10)
+        .build()
+        .unwrap();
     client.get("k").await.unwrap();
     server.stall();
     let mut waiting: Vec<_> = (0..10).map(|_| Box::pin(client.get("k"))).collect();
@@ -226,7 +261,10 @@ async fn a_full_queue_is_an_immediate_error_and_all_is_well_after() {
         assert!(get.as_mut().now_or_never().is_none());
     }
     let error = client.get("k").now_or_never().unwrap().unwrap_err();
-    assert_eq!((error.kind(), error.sent()), (ErrorKind::Overloaded, Sent::No));
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::Overloaded, Sent::No)
+    );
     server.resume();
     for get in join_all(waiting).await {
         assert_eq!(get.unwrap(), None);
@@ -240,7 +278,10 @@ async fn writes_larger_than_any_buffer_pass_while_large_replies_come_in() {
     let client = patient(std::slice::from_ref(&server)).build().unwrap();
     let value = |n: usize| vec![b'a' + (n % 26) as u8; 900_000];
     for n in 0..8 {
-        client.set(format!("r{n}"), value(n), Ttl::NEVER).await.unwrap();
+        client
+            .set(format!("r{n}"), value(n), Ttl::NEVER)
+            .await
+            .unwrap();
     }
     // Both directions at once: neither may wait for the other.
     let traffic = (0..8).map(|n| {
@@ -253,5 +294,11 @@ async fn writes_larger_than_any_buffer_pass_while_large_replies_come_in() {
         }
     });
     join_all(traffic).await;
-    assert_eq!(server.peek(Key::new("w7").unwrap().as_bytes()).unwrap().len(), 900_000);
+    assert_eq!(
+        server
+            .peek(Key::new("w7").unwrap().as_bytes())
+            .unwrap()
+            .len(),
+        900_000
+    );
 }

@@ -13,7 +13,10 @@ use crate::{Direction, Key, Operation, Payload, StoreMode, Ttl};
 
 /// A key, and the bytes that the server stores it under.
 fn key() -> impl Strategy<Value = (Key, Bytes)> {
-    let text = vec((0x21..=0xff_u8).prop_filter("no DEL", |byte| *byte != 0x7f), 1..250);
+    let text = vec(
+        (0x21..=0xff_u8).prop_filter("no DEL", |byte| *byte != 0x7f),
+        1..250,
+    );
     let binary = vec(any::<u8>(), 1..=186);
     prop_oneof![
         text.prop_map(|bytes| (Key::new(&bytes).unwrap(), bytes.into())),
@@ -38,13 +41,11 @@ fn ttl() -> impl Strategy<Value = (Ttl, i32)> {
 /// Cuts the stream into requests, and checks that nothing is left over.
 fn parsed(operations: &[Operation]) -> Vec<Command> {
     let mut wire = BytesMut::new();
-    let mut opaque = 1;
-    for operation in operations {
+    for (opaque, operation) in (1..).zip(operations) {
         if let Some(body) = encode(operation, opaque, &mut wire) {
             wire.extend_from_slice(&body);
             wire.extend_from_slice(b"\r\n");
         }
-        opaque += 1;
     }
     let mut parser = Parser::new(1 << 20);
     let mut commands = Vec::new();
@@ -161,6 +162,9 @@ proptest! {
 #[test]
 fn questions_to_a_node() {
     assert_eq!(one(Operation::Version), Command::Version);
-    assert!(matches!(one(Operation::FlushAll), Command::FlushAll { delay: 0 | -1, .. }));
+    assert!(matches!(
+        one(Operation::FlushAll),
+        Command::FlushAll { delay: 0 | -1, .. }
+    ));
     assert!(matches!(one(Operation::Stats), Command::Stats(_)));
 }

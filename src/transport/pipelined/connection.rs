@@ -140,9 +140,12 @@ struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let error = Error::new(ErrorKind::Shutdown, "the runtime of the connection has ended")
-            .with_sent(Sent::Maybe)
-            .at_node(&self.node.name);
+        let error = Error::new(
+            ErrorKind::Shutdown,
+            "the runtime of the connection has ended",
+        )
+        .with_sent(Sent::Maybe)
+        .at_node(&self.node.name);
         let slot = self.node.slot(self.index);
         self.node.fail_all(slot, &error, Phase::Unstarted);
     }
@@ -341,7 +344,10 @@ impl Connection {
             if let Phase::Closed = state.phase {
                 return Poll::Ready(End::Closed);
             }
-            let stalls_at = state.pipeline.oldest_sent_at().map(|oldest| self.stalls_at(oldest));
+            let stalls_at = state
+                .pipeline
+                .oldest_sent_at()
+                .map(|oldest| self.stalls_at(oldest));
             let next = [state.pipeline.earliest_deadline(), stalls_at]
                 .into_iter()
                 .flatten()
@@ -368,7 +374,10 @@ impl Connection {
             match read {
                 Poll::Pending => return None,
                 Poll::Ready(Ok(0)) => {
-                    return Some(lost("the server closed it", std::io::ErrorKind::UnexpectedEof.into()));
+                    return Some(lost(
+                        "the server closed it",
+                        std::io::ErrorKind::UnexpectedEof.into(),
+                    ));
                 }
                 Poll::Ready(Ok(_)) => self.heard_at = Instant::now(),
                 Poll::Ready(Err(error)) => return Some(lost("reading failed", error)),
@@ -461,15 +470,17 @@ impl Connection {
         let charge = if late { Charge::Nobody } else { Charge::Node };
         let streak = &mut self.streak;
         let mut state = slot.lock();
-        state.pipeline.expire(now, charge, &mut self.woken, |sent_at| {
-            let streak = streak.get_or_insert(Streak {
-                first: sent_at,
-                last: sent_at,
-                count: 0,
+        state
+            .pipeline
+            .expire(now, charge, &mut self.woken, |sent_at| {
+                let streak = streak.get_or_insert(Streak {
+                    first: sent_at,
+                    last: sent_at,
+                    count: 0,
+                });
+                streak.last = streak.last.max(sent_at);
+                streak.count += 1;
             });
-            streak.last = streak.last.max(sent_at);
-            streak.count += 1;
-        });
         let oldest = state.pipeline.oldest_sent_at();
         drop(state);
         self.woken.drain(..).for_each(Waker::wake);

@@ -74,7 +74,10 @@ pub(super) enum Phase {
     Up,
     /// Connecting failed, and is not tried again before then; until then requests fail with that
     /// error at once.
-    Broken { until: Instant, error: Error },
+    Broken {
+        until: Instant,
+        error: Error,
+    },
     /// The last handle was dropped, or the client shut down.
     Closed,
 }
@@ -408,7 +411,9 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         Some(ends) => (attempt_ends, ends.min(attempt_ends + connection::LATE)),
         None => (attempt_ends, attempt_ends + connection::LATE),
     };
-    let ticket = pool.enqueue(slot, operation, deadline, cx.waker()).map_err(name)?;
+    let ticket = pool
+        .enqueue(slot, operation, deadline, cx.waker())
+        .map_err(name)?;
     Ok(Started::Waiting(Waiting {
         pool,
         slot,
