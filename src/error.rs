@@ -174,15 +174,23 @@ impl Error {
         self
     }
 
-    /// Takes an error out of a layer's box: ours as it was, anything else as
-    /// [`ErrorKind::Layer`], of which we cannot know whether the request was sent.
+    /// Takes an error out of a layer's box: ours as it was, and tower's own time-out and load
+    /// shedding as what they are. Anything else is [`ErrorKind::Layer`], of which we cannot know
+    /// whether the request was sent.
     pub(crate) fn from_boxed(error: BoxError) -> Self {
-        match error.downcast::<Self>() {
-            Ok(own) => *own,
-            Err(foreign) => Self::new(ErrorKind::Layer, "a layer's own error")
-                .with_sent(Sent::Maybe)
-                .with_source(foreign),
+        let foreign = match error.downcast::<Self>() {
+            Ok(own) => return *own,
+            Err(foreign) => foreign,
+        };
+        if foreign.is::<tower::load_shed::error::Overloaded>() {
+            return Self::new(ErrorKind::Overloaded, "a layer sheds load").with_source(foreign);
         }
+        let error = if foreign.is::<tower::timeout::error::Elapsed>() {
+            Self::new(ErrorKind::Timeout, "a layer's time ran out").charged_to(Charge::Node)
+        } else {
+            Self::new(ErrorKind::Layer, "a layer's own error")
+        };
+        error.with_sent(Sent::Maybe).with_source(foreign)
     }
 
     pub(crate) fn charge(&self) -> Charge {
@@ -318,6 +326,16 @@ mod tests {
         assert_eq!(
             Error::from_boxed(Box::new(ours)).kind(),
             ErrorKind::Overloaded
+        );
+        let elapsed = Error::from_boxed(Box::new(tower::timeout::error::Elapsed::new()));
+        assert_eq!(
+            (elapsed.kind(), elapsed.sent()),
+            (ErrorKind::Timeout, Sent::Maybe)
+        );
+        let shed = Error::from_boxed(Box::new(tower::load_shed::error::Overloaded::new()));
+        assert_eq!(
+            (shed.kind(), shed.sent()),
+            (ErrorKind::Overloaded, Sent::No)
         );
         let foreign = Error::from_boxed("elapsed".into());
         assert_eq!(foreign.kind(), ErrorKind::Layer);

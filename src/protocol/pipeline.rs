@@ -380,10 +380,13 @@ impl<W> Pipeline<W> {
     }
 
     /// The caller is gone. A queued request will not be written; one in flight keeps its place.
-    pub(crate) fn abandon(&mut self, ticket: Ticket) {
-        if let Some(index) = self.release(&ticket) {
+    /// Hands out its waiter, whose drop may run anything.
+    pub(crate) fn abandon(&mut self, ticket: Ticket) -> Option<W> {
+        let (waiter, index) = self.release(&ticket);
+        if let Some(index) = index {
             self.requests[index].leave(false);
         }
+        waiter
     }
 
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome
@@ -393,7 +396,7 @@ impl<W> Pipeline<W> {
         if let Some(outcome) = self.poll(&ticket, |_| {}) {
             return outcome;
         }
-        let Some(index) = self.release(&ticket) else {
+        let (_, Some(index)) = self.release(&ticket) else {
             return Err(timeout(Sent::No));
         };
         let sent = self.sent(&self.requests[index]);
@@ -403,15 +406,17 @@ impl<W> Pipeline<W> {
         outcome
     }
 
-    /// Frees a claim; the index of its request if that is still there.
-    fn release(&mut self, ticket: &Ticket) -> Option<usize> {
-        let Claim::Waiting { serial, .. } = self.claims.remove(ticket.0) else {
-            return None;
+    /// Frees a claim: its waiter, and the index of its request if that is still there.
+    fn release(&mut self, ticket: &Ticket) -> (Option<W>, Option<usize>) {
+        let Claim::Waiting { waiter, serial } = self.claims.remove(ticket.0) else {
+            return (None, None);
         };
-        let index = self
+        let position = self
             .requests
-            .binary_search_by_key(&serial, |entry| entry.serial)
-            .ok()?;
+            .binary_search_by_key(&serial, |entry| entry.serial);
+        let Ok(index) = position else {
+            return (waiter, None);
+        };
         if index >= self.in_flight {
             self.doubtful += 1;
             // Callers that come and go while nothing can be taken must not fill the queue.
@@ -419,10 +424,10 @@ impl<W> Pipeline<W> {
             if self.doubtful > 32 && self.doubtful > queued / 2 {
                 self.requests[index].leave(false);
                 self.sweep();
-                return None;
+                return (waiter, None);
             }
         }
-        Some(index)
+        (waiter, Some(index))
     }
 
     /// Moves everything queued into `batch`, to be written in full before the next one.

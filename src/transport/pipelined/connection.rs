@@ -330,14 +330,18 @@ impl Connection {
         answered: &mut bool,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        let ended = self.read(slot, answered, cx);
-        if let Some(end) = ended {
-            return Poll::Ready(end);
-        }
+        let drained = match self.read(slot, answered, cx) {
+            Ok(drained) => drained,
+            Err(end) => return Poll::Ready(end),
+        };
         if let Err(error) = self.write(node, slot, cx) {
             // Its last replies may still be on their way up.
-            let end = self.read(slot, answered, cx);
+            let end = self.read(slot, answered, cx).err();
             return Poll::Ready(end.unwrap_or_else(|| lost("writing failed", error)));
+        }
+        if !drained {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
         loop {
             let state = slot.lock();
@@ -364,31 +368,31 @@ impl Connection {
         oldest_sent_at.max(self.heard_at) + self.stall_timeout
     }
 
-    /// Reads until there is nothing more, and settles what was answered.
-    fn read(&mut self, slot: &Slot, answered: &mut bool, cx: &mut Context<'_>) -> Option<End> {
+    /// Reads until there is nothing more, and settles what was answered. False if there may be
+    /// more, once writes had their turn.
+    fn read(
+        &mut self,
+        slot: &Slot,
+        answered: &mut bool,
+        cx: &mut Context<'_>,
+    ) -> Result<bool, End> {
         for _ in 0..READS_IN_A_ROW {
             if self.input.capacity() - self.input.len() < READ_SIZE {
                 self.input.reserve(READ_BUFFER - READ_SIZE);
             }
             let read = pin!(self.stream.read_buf(&mut self.input)).poll(cx);
             match read {
-                Poll::Pending => return None,
+                Poll::Pending => return Ok(true),
                 Poll::Ready(Ok(0)) => {
-                    return Some(lost(
-                        "the server closed it",
-                        std::io::ErrorKind::UnexpectedEof.into(),
-                    ));
+                    let error = std::io::ErrorKind::UnexpectedEof.into();
+                    return Err(lost("the server closed it", error));
                 }
                 Poll::Ready(Ok(_)) => self.heard_at = Instant::now(),
-                Poll::Ready(Err(error)) => return Some(lost("reading failed", error)),
+                Poll::Ready(Err(error)) => return Err(lost("reading failed", error)),
             }
-            if let Err(violation) = self.settle(slot, answered) {
-                return Some(End::Violated(violation));
-            }
+            self.settle(slot, answered).map_err(End::Violated)?;
         }
-        // Still more: come back once writes and timers had their turn.
-        cx.waker().wake_by_ref();
-        None
+        Ok(false)
     }
 
     /// Parses without the lock, settles under it, wakes after it.

@@ -238,10 +238,11 @@ impl Pool {
             self.node.fail_all(slot, &shut_down(), Phase::Idle);
             let mut state = slot.lock();
             state.phase = Phase::Closed;
-            let next = state.unpark();
+            // Parked or not: it may be waiting for a socket that never moves again.
+            let task = state.task.take();
             drop(state);
-            if let Next::Wake(waker) = next {
-                waker.wake();
+            if let Some(task) = task {
+                task.wake();
             }
         }
     }
@@ -450,7 +451,9 @@ impl Drop for Waiting {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             let mut state = self.pool.node.slot(self.slot).lock();
-            state.pipeline.abandon(ticket);
+            let waker = state.pipeline.abandon(ticket);
+            drop(state);
+            drop(waker);
         }
     }
 }
