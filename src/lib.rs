@@ -92,3 +92,8 @@ pub use transport::{
 };
 pub use ttl::Ttl;
 pub use value::{CasToken, Payload, Value};
+
+/// Compiles the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExamples;
