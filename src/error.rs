@@ -29,10 +29,10 @@ pub enum ErrorKind {
     InvalidConfiguration,
     /// The attempt's time or the operation's deadline ran out.
     Timeout,
-    /// The node's circuit breaker is open and the failure mode does not move this request.
-    /// Nothing was sent.
+    /// The node's circuit breaker is open, and the request is not moved: the failure mode or the
+    /// operation forbids it, or more than half of the nodes are out. Nothing was sent.
     NodeUnavailable,
-    /// A bound of our own is reached: queue, in-flight limit, ejection cap. Nothing was sent.
+    /// A bound of our own is reached: a queue or an in-flight limit. Nothing was sent.
     Overloaded,
     /// No connection could be made. Nothing was sent.
     ConnectionFailed,
@@ -93,7 +93,7 @@ impl ErrorKind {
 }
 
 /// Whether the server may have executed the request that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Sent {
     /// No byte of it left this process: it was not executed and never will be.
     No,
@@ -156,6 +156,12 @@ impl Error {
     pub(crate) fn with_sent(mut self, sent: Sent) -> Self {
         self.0.sent = sent;
         self
+    }
+
+    /// At least as much in doubt as an earlier attempt of the same request was.
+    pub(crate) fn after_attempts(self, sent: Sent) -> Self {
+        let sent = self.0.sent.max(sent);
+        self.with_sent(sent)
     }
 
     pub(crate) fn charged_to(mut self, charge: Charge) -> Self {

@@ -1,7 +1,11 @@
 //! Where sockets, timers and probes run: the bulkhead between the application's threads and ours.
 
 use std::future::Future;
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use futures::future::{Either, select};
 
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -159,7 +163,35 @@ impl Spawner {
     }
 }
 
-pub(crate) fn no_runtime() -> Error {
+/// `now + duration`, or a moment that will not come: a timeout of `Duration::MAX` means none.
+pub(crate) fn after(now: Instant, duration: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
+    now + duration.min(FAR)
+}
+
+/// A timer for a caller that may be outside of every runtime, and may have no executor of ours.
+pub(crate) fn timer(spawner: Option<&Spawner>, deadline: Instant) -> Result<Sleep> {
+    match spawner {
+        Some(spawner) => spawner.sleep_until(deadline),
+        None if Handle::try_current().is_ok() => Ok(sleep_until(deadline)),
+        None => Err(no_runtime()),
+    }
+}
+
+/// Runs a future until `deadline`; `None` if that comes first.
+pub(crate) async fn until<F: Future>(
+    spawner: Option<&Spawner>,
+    deadline: Instant,
+    future: F,
+) -> Result<Option<F::Output>> {
+    let timer = pin!(timer(spawner, deadline)?);
+    Ok(match select(pin!(future), timer).await {
+        Either::Left((output, _)) => Some(output),
+        Either::Right(_) => None,
+    })
+}
+
+fn no_runtime() -> Error {
     Error::new(
         ErrorKind::NoRuntime,
         "used outside a tokio runtime; use Executor::dedicated or Executor::handle for that",

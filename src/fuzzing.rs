@@ -45,7 +45,7 @@ pub fn reply_parser(data: &[u8]) {
     let (mut tickets, mut woken) = (Vec::new(), Vec::new());
     for (name, &byte) in script.iter().enumerate() {
         let deadline = now + Duration::from_millis(u64::from(byte));
-        if let Ok(ticket) = pipeline.enqueue(&operation(byte), deadline, Some(name)) {
+        if let Ok(ticket) = pipeline.enqueue(&operation(byte), deadline, deadline, Some(name)) {
             tickets.push(Some(ticket));
         }
         if byte >= 128

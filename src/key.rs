@@ -233,7 +233,7 @@ macro_rules! into_key {
     ($($kind:ty),*) => {$(
         impl IntoKey for $kind {
             fn into_key(self) -> Result<Key> {
-                Key::new(self)
+                Key::new(AsRef::<[u8]>::as_ref(&*self))
             }
         }
     )*};
@@ -241,6 +241,7 @@ macro_rules! into_key {
 into_key!(
     &str,
     &&str,
+    std::borrow::Cow<'_, str>,
     String,
     &String,
     &[u8],

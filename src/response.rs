@@ -63,6 +63,22 @@ pub enum CasOutcome {
 }
 
 impl Response {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Value(_) => "Value",
+            Self::Values(_) => "Values",
+            Self::Stored(_) => "Stored",
+            Self::Swapped(_) => "Swapped",
+            Self::Deleted(_) => "Deleted",
+            Self::Touched(_) => "Touched",
+            Self::Counter(_) => "Counter",
+            Self::Version(_) => "Version",
+            Self::Flushed => "Flushed",
+            Self::Stats(_) => "Stats",
+            Self::Nodes(_) => "Nodes",
+        }
+    }
+
     /// The node's failure in an answer that is otherwise one: a multi-key read that ended before
     /// its last key.
     pub(crate) fn partial_failure(&self) -> Option<&Error> {

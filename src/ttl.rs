@@ -61,7 +61,7 @@ impl Ttl {
         match self.0 {
             Kind::Never => Self::secs(limit),
             Kind::Seconds(seconds) => Self::secs(seconds.min(limit)),
-            Kind::Until(moment) => Self(Kind::Until(moment.min(unix_now() + limit))),
+            Kind::Until(moment) => Self(Kind::Until(moment.min(unix_now().saturating_add(limit)))),
         }
     }
 

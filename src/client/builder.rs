@@ -210,7 +210,8 @@ impl<L, N> ClientBuilder<L, N> {
 
     /// Adds a layer around the whole client; the one added first is the outermost. It sees every
     /// request once. Its errors may be its own: they come back as
-    /// [`ErrorKind::Layer`](crate::ErrorKind::Layer), with their source.
+    /// [`ErrorKind::Layer`](crate::ErrorKind::Layer), with their source. Its service must be
+    /// `Clone`; put a `tower::buffer::BufferLayer` around one that is not, such as `RateLimit`.
     #[must_use]
     pub fn layer<T>(self, layer: T) -> ClientBuilder<Stack<T, L>, N> {
         let Self {
@@ -289,7 +290,7 @@ impl<L, N> ClientBuilder<L, N> {
         S: Service<Request, Response = Response> + Clone + Send + Sync + 'static,
         S::Error: Into<BoxError>,
         L: Layer<Cluster<S>>,
-        L::Service: Service<Request, Response = Response>,
+        L::Service: Service<Request, Response = Response> + Clone,
     {
         if self.timeout.is_zero() {
             return Err(Error::configuration("the timeout is zero"));

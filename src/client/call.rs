@@ -6,12 +6,11 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
-use tokio::runtime::Handle;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep};
 use tower::Service;
 
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
-use crate::executor::{Spawner, no_runtime};
+use crate::executor::{Spawner, after, timer};
 use crate::request::Request;
 use crate::response::Response;
 
@@ -55,7 +54,7 @@ impl<'a, S: Service<Request>> Call<'a, S> {
         timeout: Duration,
         spawner: Option<&'a Spawner>,
     ) -> Self {
-        let latest = Instant::now() + timeout;
+        let latest = after(Instant::now(), timeout);
         let request = request.with_deadline(latest);
         Self {
             deadline: request.deadline().unwrap_or(latest),
@@ -119,13 +118,5 @@ where
         };
         this.step.set(Step::Done);
         Poll::Ready(outcome)
-    }
-}
-
-pub(crate) fn timer(spawner: Option<&Spawner>, deadline: Instant) -> Result<Sleep> {
-    match spawner {
-        Some(spawner) => spawner.sleep_until(deadline),
-        None if Handle::try_current().is_ok() => Ok(sleep_until(deadline)),
-        None => Err(no_runtime()),
     }
 }

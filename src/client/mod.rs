@@ -21,7 +21,7 @@ pub(crate) use call::Call;
 pub use multi_get::{MultiGet, Outcome};
 
 use crate::cluster::{Cluster, Control, NodeSpec};
-use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::Spawner;
 use crate::node::NodeStatus;
 use crate::read_through::Flights;
@@ -107,10 +107,7 @@ impl<S> Client<S> {
         }
         let shared = Shared {
             timeout,
-            load_timeout: self.shared.load_timeout,
-            spawner: self.shared.spawner.clone(),
-            cluster: self.shared.cluster.clone(),
-            flights: self.shared.flights.clone(),
+            ..self.shared.again()
         };
         Ok(Self::assemble(self.service, shared))
     }
@@ -122,10 +119,12 @@ impl<S> Client<S> {
         L: Layer<S>,
         S: Clone,
     {
-        Client {
-            service: layer.layer(self.service.clone()),
-            shared: self.shared.clone(),
-        }
+        let shared = Shared {
+            // The same key may mean something else behind the layer.
+            flights: Flights::default(),
+            ..self.shared.again()
+        };
+        Client::assemble(layer.layer(self.service.clone()), shared)
     }
 
     /// The same client with a type that can be named whatever its layers are, for one allocation
@@ -188,6 +187,19 @@ impl<S> Client<S> {
     }
 }
 
+impl Shared {
+    /// The same once more, to be changed in part.
+    fn again(&self) -> Self {
+        Self {
+            timeout: self.timeout,
+            load_timeout: self.load_timeout,
+            spawner: self.spawner.clone(),
+            cluster: self.cluster.clone(),
+            flights: self.flights.clone(),
+        }
+    }
+}
+
 impl Default for Shared {
     fn default() -> Self {
         Self {
@@ -236,6 +248,9 @@ impl<S> fmt::Debug for Client<S> {
 
 /// A layer gave an answer to another question.
 fn misfit(response: &Response) -> Error {
-    let message = format!("a layer's response does not fit the operation: {response:?}");
-    Error::new(ErrorKind::Layer, message)
+    let message = format!(
+        "a layer answered with {}, which does not fit",
+        response.name()
+    );
+    Error::new(ErrorKind::Layer, message).with_sent(Sent::Maybe)
 }

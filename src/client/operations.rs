@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use tower::Service;
 
 use super::{Client, MultiGet, misfit};
 use crate::error::{BoxError, Result};
+use crate::executor::after;
 use crate::key::{IntoKey, Key};
 use crate::read_through;
 use crate::request::{Direction, Operation, Request, StoreMode};
@@ -303,7 +305,10 @@ where
         E: Into<BoxError>,
     {
         let key = key.into_key()?;
+        let asked = Instant::now();
         let cached = self.get(&key).await;
+        // All work on the cache together has the operation's time.
+        let left = self.shared.timeout.saturating_sub(asked.elapsed());
         if let Some(answer) = read_through::settled(cached) {
             return answer;
         }
@@ -313,11 +318,26 @@ where
                 .map(|value| value.map(Into::into))
                 .map_err(Into::into)
         };
-        let refill = |payload: Payload| self.set(&key, payload, ttl);
+        let refill = |payload: Payload| {
+            let request = Request::new(Operation::Store {
+                mode: StoreMode::Set,
+                key: key.clone(),
+                payload,
+                ttl,
+            });
+            let request = request.with_deadline(after(Instant::now(), left));
+            async move { self.send(request).await.map(drop) }
+        };
         let shared = &*self.shared;
         shared
             .flights
-            .load(&key, shared.load_timeout, load, refill)
+            .load(
+                &key,
+                shared.load_timeout,
+                shared.spawner.as_ref(),
+                load,
+                refill,
+            )
             .await
     }
 

@@ -83,7 +83,17 @@ impl<S: Service<Request> + Clone> Many<S> {
     }
 
     /// Sends keys to where they go: to their homes, or after a failure to where `after` says.
-    fn send(&mut self, indexes: Vec<usize>, tries: &Tries, after: Option<(After, Error)>) {
+    fn send(&mut self, indexes: Vec<usize>, tries: &Tries, mut after: Option<(After, Error)>) {
+        if let (Some((after @ After::Move { paid: true }, _)), Some(&first)) =
+            (&mut after, indexes.first())
+            && self
+                .shared
+                .next(&self.keys[first], tries, true, |_, _| ())
+                .is_none()
+        {
+            // A batch is one request to the budget, which does not pay for it.
+            *after = After::GiveUp;
+        }
         let mut groups: Vec<Group<S>> = Vec::new();
         for index in indexes {
             let key = &self.keys[index];
@@ -108,7 +118,9 @@ impl<S: Service<Request> + Clone> Many<S> {
                     self.shared.first(key, true, place);
                     true
                 }
-                Some((After::Move, _)) => self.shared.next(key, tries, place).is_some(),
+                Some((After::Move { .. }, _)) => {
+                    self.shared.next(key, tries, false, place).is_some()
+                }
                 Some((After::GiveUp, _)) => false,
             };
             if !placed {

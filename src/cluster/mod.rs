@@ -29,7 +29,7 @@ pub use topology::NodeSpec;
 use topology::{Member, Topology};
 
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
-use crate::executor::{Executor, Spawner};
+use crate::executor::{Executor, Spawner, after};
 use crate::node::{Node, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Request};
 use crate::response::Response;
@@ -217,6 +217,9 @@ impl<S> Cluster<S> {
     {
         topology::validate(&specs)?;
         let shared = &self.shared;
+        if shared.shut_down.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Shutdown, "the client is shut down"));
+        }
         let make = |current: &Arc<Topology<S>>, specs: &[NodeSpec]| {
             let member = |spec: &NodeSpec| {
                 let mut known = current.members().iter();
@@ -252,9 +255,13 @@ impl<S> Cluster<S> {
     /// connection; what is still under way then fails with [`ErrorKind::Shutdown`].
     pub async fn shutdown(&self, drain: Duration) {
         self.shared.shut_down.store(true, Ordering::Release);
-        let until = Instant::now() + drain;
+        let until = after(Instant::now(), drain);
         while self.in_flight() > 0 && Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            let look_again = after(Instant::now(), Duration::from_millis(1));
+            match self.shared.spawner.sleep_until(look_again.min(until)) {
+                Ok(wait) => wait.await,
+                Err(_no_runtime) => break,
+            }
         }
         for member in self.shared.topology.load().members() {
             member.node.close();
@@ -314,8 +321,10 @@ where
 }
 
 /// What is known of a request that has failed somewhere.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Tries {
+    /// Whether any of its attempts may have been executed.
+    sent: Sent,
     /// Nodes not to go to again, by their id.
     spent: Vec<u64>,
     /// Attempts that may have reached a node.
@@ -326,11 +335,26 @@ struct Tries {
     repeated: bool,
 }
 
+impl Default for Tries {
+    fn default() -> Self {
+        Self {
+            sent: Sent::No,
+            spent: Vec::new(),
+            attempts: 0,
+            waits: 0,
+            repeated: false,
+        }
+    }
+}
+
 /// What to do after a failed attempt.
 enum After {
     GiveUp,
-    /// Go to another node than those spent.
-    Move,
+    /// Go to another node than those spent, if there is one and the budget, where it must pay for
+    /// that, has something left.
+    Move {
+        paid: bool,
+    },
     /// The same node again, after a while.
     Repeat(Duration),
 }
@@ -353,6 +377,7 @@ impl<S> Shared<S> {
             ConnectionFailed, ConnectionLost, Layer, NodeUnavailable, Protocol, Timeout,
             Unresponsive,
         };
+        tries.sent = tries.sent.max(error.sent());
         let unsent = error.sent() == Sent::No;
         let kind = error.kind();
         let failed_there = matches!(
@@ -362,7 +387,8 @@ impl<S> Shared<S> {
         if !failed_there {
             return After::GiveUp;
         }
-        if kind != NodeUnavailable {
+        let waits = self.settings.failure_mode == FailureMode::Retry && unsent;
+        if kind != NodeUnavailable && !waits {
             tries.attempts += 1;
         }
         if tries.attempts >= self.settings.max_attempts {
@@ -386,18 +412,15 @@ impl<S> Shared<S> {
                 if !operation.is_movable() {
                     return After::GiveUp;
                 }
-                // What is moved because its node has opened is not a retry.
-                if !open && !self.pay(node) {
-                    return After::GiveUp;
-                }
                 tries.spent.push(node.id());
-                After::Move
+                // What is moved because its node has opened is not a retry.
+                After::Move { paid: !open }
             }
             FailureMode::Retry => {
                 if !operation.is_movable() && !unsent {
                     return After::GiveUp;
                 }
-                if kind != NodeUnavailable && !self.pay(node) {
+                if !unsent && !self.pay(node) {
                     return After::GiveUp;
                 }
                 let longest = FIRST_WAIT

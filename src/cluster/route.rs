@@ -14,6 +14,7 @@ use tower::Service;
 use super::many::{Every, Many};
 use super::{After, FailureMode, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::executor::after;
 use crate::key::Key;
 use crate::node::{Node, NodeFuture, Shared as NodeShared};
 use crate::request::{Origin, Request};
@@ -124,8 +125,12 @@ impl<S> Shared<S> {
     ) -> T {
         let topology = self.topology.load();
         let home = topology.home(key);
-        if home.is_open()
-            && movable
+        if !home.is_open() {
+            return start(home, Origin::Home);
+        }
+        // Nobody may ask it for a long time, so whether it is being probed is looked to here.
+        home.shared().ensure_probing();
+        if movable
             && self.settings.failure_mode == FailureMode::Redistribute
             && let Some(refuge) = topology.refuge(key, |_| true)
         {
@@ -137,17 +142,28 @@ impl<S> Shared<S> {
     }
 
     /// The same for a request that has failed at the nodes in `tries`; `None` if there is no
-    /// other node for it.
+    /// other node for it, or the budget does not pay for going there.
     pub(super) fn next<T>(
         &self,
         key: &Key,
         tries: &Tries,
+        paid: bool,
         start: impl FnOnce(&Node<S>, Origin) -> T,
     ) -> Option<T> {
         let topology = self.topology.load();
         let refuge = topology.refuge(key, |node| !tries.spent.contains(&node.shared().id()))?;
-        telemetry::failed_over(topology.home(key).name());
-        Some(start(refuge, Origin::Moved))
+        let home = topology.home(key);
+        if paid && !self.pay(home.shared()) {
+            return None;
+        }
+        // The topology may have changed, and the key's home with it.
+        let origin = if refuge.shared().id() == home.shared().id() {
+            Origin::Home
+        } else {
+            telemetry::failed_over(home.name());
+            Origin::Moved
+        };
+        Some(start(refuge, origin))
     }
 
     /// The request as a node gets it: away from home, what it writes lives only so long.
@@ -161,7 +177,7 @@ impl<S> Shared<S> {
 
     /// When to try again after waiting `delay`: not after the deadline.
     pub(super) fn wake_at(&self, delay: Duration, deadline: Option<Instant>) -> Instant {
-        let due = Instant::now() + delay;
+        let due = after(Instant::now(), delay);
         deadline.map_or(due, |deadline| due.min(deadline))
     }
 }
@@ -251,7 +267,7 @@ where
             let failed_at = this.attempt.node().clone();
             let deadline = request.deadline();
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return Poll::Ready(Err(error));
+                return Poll::Ready(Err(error.after_attempts(this.tries.sent)));
             }
             let operation = request.operation();
             let Some(key) = operation.key() else {
@@ -259,12 +275,15 @@ where
             };
             let next = match shared.after(operation, &failed_at, &error, this.tries) {
                 After::GiveUp => None,
-                After::Move => shared.next(key, this.tries, |node, origin| {
+                After::Move { paid } => shared.next(key, this.tries, paid, |node, origin| {
                     Attempt::new(node, shared.addressed(request, origin))
                 }),
                 After::Repeat(delay) => {
                     let due = shared.wake_at(delay, deadline);
-                    let wait = shared.spawner.sleep_until(due)?;
+                    let wait = match shared.spawner.sleep_until(due) {
+                        Ok(wait) => wait,
+                        Err(_) => return Poll::Ready(Err(error.after_attempts(this.tries.sent))),
+                    };
                     let again = |node: &Node<S>, origin| {
                         Attempt::after(wait, node, shared.addressed(request, origin))
                     };
@@ -273,7 +292,7 @@ where
             };
             match next {
                 Some(next) => this.attempt.set(next),
-                None => return Poll::Ready(Err(error)),
+                None => return Poll::Ready(Err(error.after_attempts(this.tries.sent))),
             }
         }
     }

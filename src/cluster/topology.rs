@@ -130,8 +130,7 @@ impl<S> Topology<S> {
         &self.members[self.continuum.primary(key.as_bytes())].node
     }
 
-    /// Where the key goes when its home is out: the next node on the ring, in the order that
-    /// `fits` sees them. `None` when too many nodes are open: the others must not be loaded with
+    /// Where the key goes when its home is out: the next node on the ring that is not, and fits. `None` when too many nodes are open: the others must not be loaded with
     /// the keys of all of them.
     pub(super) fn refuge(&self, key: &Key, fits: impl Fn(&Node<S>) -> bool) -> Option<&Node<S>> {
         let open = self.members.iter().filter(|member| member.node.is_open());
@@ -140,7 +139,6 @@ impl<S> Topology<S> {
         }
         self.continuum
             .sequence(key.as_bytes())
-            .skip(1)
             .map(|index| &self.members[index].node)
             .find(|node| !node.is_open() && fits(node))
     }

@@ -33,10 +33,11 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 use tower::{Layer, Service};
 
-use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::executor::{after, timer};
 use crate::key::Key;
 use crate::request::{Operation, Request};
 use crate::response::Response;
@@ -216,13 +217,20 @@ where
     type Future = GroupFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        if self.layer.kill_switch.is_thrown() {
+            return Poll::Ready(Ok(()));
+        }
         let ready = self.inner.poll_ready(cx);
         ready.map_err(|error| Error::from_boxed(error.into()))
     }
 
     fn call(&mut self, mut request: Request) -> GroupFuture<S::Future> {
-        if let Some(timeout) = self.layer.timeout {
-            request = request.with_deadline(Instant::now() + timeout);
+        let ends = self
+            .layer
+            .timeout
+            .map(|timeout| after(Instant::now(), timeout));
+        if let Some(ends) = ends {
+            request = request.with_deadline(ends);
         }
         let admitted = self
             .admit()
@@ -236,6 +244,8 @@ where
                 },
                 Err(error) => State::Refused { error: Some(error) },
             },
+            ends,
+            timer: None,
         }
     }
 }
@@ -246,6 +256,10 @@ pin_project! {
     pub struct GroupFuture<F> {
         #[pin]
         state: State<F>,
+        // The group's own deadline, for a layer below that does not keep to the request's.
+        ends: Option<Instant>,
+        #[pin]
+        timer: Option<Sleep>,
     }
 }
 
@@ -270,11 +284,26 @@ where
     type Output = Result<Response>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        match self.project().state.project() {
+        let mut this = self.project();
+        match this.state.project() {
             StateProjection::Called {
                 future, invalid, ..
             } => {
-                let mut outcome = ready!(future.poll(cx));
+                let Poll::Ready(mut outcome) = future.poll(cx) else {
+                    let Some(ends) = *this.ends else {
+                        return Poll::Pending;
+                    };
+                    if this.timer.is_none() {
+                        // Outside of every runtime the client's own deadline has to do.
+                        this.timer.set(timer(None, ends).ok());
+                    }
+                    match this.timer.as_mut().as_pin_mut() {
+                        Some(timer) => ready!(timer.poll(cx)),
+                        None => return Poll::Pending,
+                    }
+                    let error = Error::new(ErrorKind::Timeout, "the group's deadline has passed");
+                    return Poll::Ready(Err(error.with_sent(Sent::Maybe)));
+                };
                 if let Ok(Response::Values(outcomes)) = &mut outcome {
                     // In ascending order, so each goes back to its own place.
                     for (place, error) in invalid.drain(..) {

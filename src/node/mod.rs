@@ -32,7 +32,7 @@ use probe::Probe;
 pub use probe::ProbeSettings;
 
 use crate::error::{BoxError, Charge, Error, ErrorKind, Result, Sent};
-use crate::executor::{Executor, Spawner};
+use crate::executor::{Executor, Spawner, after};
 use crate::request::{Origin, Request};
 use crate::response::Response;
 use crate::telemetry;
@@ -128,9 +128,13 @@ pub(crate) struct Shared {
     breaker: Breaker,
     in_flight: AtomicUsize,
     probe: Probe,
+    /// How long a probe may take unless it is set.
+    probe_within: Duration,
     probing: AtomicBool,
-    /// Closes with this, which ends the probing task.
+    /// Anything sent, or its end, ends the probing task.
     in_use: watch::Sender<()>,
+    /// The client is shut down.
+    closed: AtomicBool,
     spawner: Spawner,
     /// Where it is known: it judges its connections itself.
     transport: Option<Pipelined>,
@@ -164,7 +168,10 @@ impl Shared {
     }
 
     /// One owner, started again should it ever die.
-    fn ensure_probing(self: &Arc<Self>) {
+    pub(crate) fn ensure_probing(self: &Arc<Self>) {
+        if self.closed.load(Ordering::Acquire) {
+            return;
+        }
         if !self.probing.swap(true, Ordering::AcqRel) && probe::spawn(self).is_err() {
             // No runtime here; the next request may come from inside one.
             self.probing_ended();
@@ -224,7 +231,16 @@ impl Shared {
             self.breaker.succeeded();
             return;
         };
-        // The transport has judged its own time-outs, connection by connection.
+        // Our transport reports these by itself; whatever else is below cannot.
+        let lost = matches!(
+            error.kind(),
+            ErrorKind::ConnectionFailed | ErrorKind::Unresponsive
+        );
+        if self.transport.is_none() && lost && error.charge() == Charge::Node {
+            self.open(error);
+            return;
+        }
+        // It has judged its own time-outs as well, connection by connection.
         if let Some(started) = started
             && error.is_timeout()
             && error.charge() == Charge::Node
@@ -234,20 +250,23 @@ impl Shared {
         }
     }
 
+    fn unavailable(&self) -> Error {
+        let message = match self.breaker.last_cause() {
+            Some(cause) => format!("its circuit breaker is open, since: {cause}"),
+            None => String::from("its circuit breaker is open"),
+        };
+        Error::new(ErrorKind::NodeUnavailable, message).at_node(&self.name)
+    }
+
     /// Takes a place among the requests in flight, to be given back with [`Self::leave`].
     fn enter(self: &Arc<Self>, origin: Origin) -> Result<()> {
         if self.is_open() {
             self.ensure_probing();
-            let message = match self.breaker.last_cause() {
-                Some(cause) => format!("its circuit breaker is open, since: {cause}"),
-                None => String::from("its circuit breaker is open"),
-            };
-            let error = Error::new(ErrorKind::NodeUnavailable, message);
-            return Err(error.at_node(&self.name));
+            return Err(self.unavailable());
         }
         let limit = match origin {
             Origin::Home => self.settings.max_in_flight,
-            Origin::Moved => self.settings.max_in_flight / 2,
+            Origin::Moved => (self.settings.max_in_flight / 2).max(1),
         };
         let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
         if before >= limit {
@@ -347,7 +366,11 @@ impl<S> Node<S> {
         let mut service = None;
         let shared = Arc::new_cyclic(|weak: &Weak<Shared>| {
             let mut fresh = parts.clone();
+            let needed = probe::CANARY_SIZE * 2;
             fresh.settings = fresh.settings.connections(1);
+            let limits = &mut fresh.settings.limits;
+            limits.value = limits.value.max(needed);
+            limits.queued_bytes = limits.queued_bytes.max(needed);
             let key = probe::canary_key();
             let probe = probe::boxed(move || {
                 let transport = Pipelined::from_parts(fresh.clone());
@@ -418,6 +441,8 @@ impl<S> Node<S> {
     }
 
     pub(crate) fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.in_use.send_replace(());
         if let Some(transport) = &self.shared.transport {
             transport.close();
         }
@@ -449,12 +474,21 @@ impl SharedParts {
                 settings.attempt_timeout,
                 settings.probe.success_threshold,
             ),
+            // One attempt each to write and to read; without a transport that says how long
+            // connecting may take, as long again for that.
+            probe_within: transport
+                .as_ref()
+                .map_or(settings.attempt_timeout.saturating_mul(2), |transport| {
+                    transport.connect_within()
+                })
+                .saturating_add(settings.attempt_timeout.saturating_mul(2)),
             name,
             settings,
             in_flight: AtomicUsize::new(0),
             probe,
             probing: AtomicBool::new(false),
             in_use: watch::Sender::new(()),
+            closed: AtomicBool::new(false),
             spawner,
             transport,
             times_attempts,
@@ -492,7 +526,9 @@ pin_project! {
         step: Step<S>,
         // Whether it holds a place among the requests in flight.
         entered: bool,
+        // When it was, if attempts are timed here.
         started: Option<Instant>,
+        deadline: Option<Instant>,
         #[pin]
         timer: Option<Sleep>,
     }
@@ -527,6 +563,7 @@ impl<S: Service<Request> + Clone> NodeFuture<S> {
     pub(crate) fn new(node: &Node<S>, request: Request) -> Self {
         Self {
             shared: node.shared.clone(),
+            deadline: request.deadline(),
             step: Step::Waiting {
                 service: node.service.clone(),
                 request,
@@ -554,6 +591,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let mut this = self.project();
         let shared = &*this.shared;
+        let mut waited = false;
         let polled = loop {
             match this.step.as_mut().project() {
                 StepProjection::Waiting { service, request } => {
@@ -567,7 +605,14 @@ where
                     match service.poll_ready(cx) {
                         Poll::Ready(Ok(())) => {}
                         Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
-                        Poll::Pending => break Poll::Pending,
+                        Poll::Pending => {
+                            waited = true;
+                            break Poll::Pending;
+                        }
+                    }
+                    // It may have opened while the request waited.
+                    if shared.is_open() {
+                        return Poll::Ready(Err(shared.unavailable()));
                     }
                     let StepReplacement::Waiting {
                         mut service,
@@ -589,14 +634,22 @@ where
             }
             (Poll::Pending, None) => return Poll::Pending,
             (Poll::Pending, Some(started)) => {
-                let due = started + shared.settings.attempt_timeout;
+                let attempt_ends = after(started, shared.settings.attempt_timeout);
+                let due = this
+                    .deadline
+                    .map_or(attempt_ends, |ends| ends.min(attempt_ends));
                 if this.timer.is_none() {
                     this.timer.set(Some(shared.spawner.sleep_until(due)?));
                 }
                 if let Some(timer) = this.timer.as_mut().as_pin_mut() {
                     ready!(timer.poll(cx));
                 }
-                Err(overdue(due).at_node(&shared.name))
+                let error = if waited {
+                    Error::new(ErrorKind::Timeout, "a node layer was not ready in time")
+                } else {
+                    overdue(due, due == attempt_ends)
+                };
+                Err(error.at_node(&shared.name))
             }
         };
         shared.record(&outcome, *this.started);
@@ -608,10 +661,15 @@ where
     }
 }
 
-/// An attempt ended by our own timer. Found late, it is nobody's fault.
-fn overdue(due: Instant) -> Error {
+/// An attempt ended by our own timer. Found late, or before it had its `full` time, it is nobody's
+/// fault.
+fn overdue(due: Instant, full: bool) -> Error {
     let late = due.elapsed() > Duration::from_millis(5);
-    let charge = if late { Charge::Nobody } else { Charge::Node };
+    let charge = if late || !full {
+        Charge::Nobody
+    } else {
+        Charge::Node
+    };
     Error::new(ErrorKind::Timeout, "the attempt's time ran out")
         .with_sent(Sent::Maybe)
         .charged_to(charge)

@@ -22,7 +22,7 @@ use crate::telemetry;
 use crate::ttl::Ttl;
 
 /// Needs two packets on an Ethernet.
-const CANARY_SIZE: usize = 2048;
+pub(super) const CANARY_SIZE: usize = 2048;
 
 /// A canary left behind goes by itself.
 const CANARY_TTL: Ttl = Ttl::secs(60);
@@ -37,7 +37,7 @@ pub(super) type Probe = Box<dyn Fn() -> BoxFuture<'static, Result<()>> + Send + 
 #[derive(Clone, Debug)]
 pub struct ProbeSettings {
     pub(super) period: Duration,
-    pub(super) timeout: Duration,
+    pub(super) timeout: Option<Duration>,
     pub(super) success_threshold: u32,
 }
 
@@ -45,7 +45,7 @@ impl Default for ProbeSettings {
     fn default() -> Self {
         Self {
             period: Duration::from_secs(1),
-            timeout: Duration::from_millis(100),
+            timeout: None,
             success_threshold: 2,
         }
     }
@@ -60,10 +60,11 @@ impl ProbeSettings {
         self
     }
 
-    /// How long one probe may take, connecting, writing and reading together; 100 ms by default.
+    /// How long one probe may take, connecting, writing and reading together. By default as long as
+    /// requests would have for these: the connect timeout and two attempts.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.timeout = Some(timeout);
         self
     }
 
@@ -75,7 +76,8 @@ impl ProbeSettings {
     }
 
     pub(super) fn validate(&self) -> Result<()> {
-        if self.period.is_zero() || self.timeout.is_zero() || self.success_threshold == 0 {
+        let zero = self.period.is_zero() || self.timeout.is_some_and(|timeout| timeout.is_zero());
+        if zero || self.success_threshold == 0 {
             let message = "the probe's period, timeout and success threshold must not be zero";
             return Err(Error::configuration(message));
         }
@@ -114,8 +116,9 @@ where
     let written = match ask(service.clone(), write).await {
         Ok(Response::Stored(stored)) => stored,
         Ok(_) => false,
-        // A server without memory for it answers, and may well serve what it has.
-        Err(error) if error.kind() == ErrorKind::Server => {
+        // A server without memory for it, or for items so large, answers, and may well serve what
+        // it has.
+        Err(error) if matches!(error.kind(), ErrorKind::Server | ErrorKind::ValueTooLarge) => {
             ask(service, read).await?;
             return Ok(());
         }
@@ -141,7 +144,12 @@ where
 
 /// Probes an open node until it is closed, or nobody uses it any more. It holds on to the node
 /// only while it probes.
-async fn until_ready(running: Running, settings: ProbeSettings, mut in_use: watch::Receiver<()>) {
+async fn until_ready(
+    mut running: Running,
+    settings: ProbeSettings,
+    mut in_use: watch::Receiver<()>,
+) {
+    running.begun = true;
     let mut wait = SOON;
     loop {
         let unused = std::pin::pin!(in_use.changed());
@@ -149,10 +157,11 @@ async fn until_ready(running: Running, settings: ProbeSettings, mut in_use: watc
         if let Either::Left(_) = select(unused, tick).await {
             return;
         }
-        let Some(shared) = running.0.upgrade() else {
+        let Some(shared) = running.node.upgrade() else {
             return;
         };
-        let outcome = match timeout(settings.timeout, (shared.probe)()).await {
+        let within = settings.timeout.unwrap_or(shared.probe_within);
+        let outcome = match timeout(within, (shared.probe)()).await {
             Ok(outcome) => outcome,
             Err(_) => Err(Error::new(ErrorKind::Timeout, "the probe was not answered")),
         };
@@ -170,12 +179,20 @@ async fn until_ready(running: Running, settings: ProbeSettings, mut in_use: watc
 
 /// Says that the probing task is gone, however it went, so that another can be started. Made
 /// before the task's first poll: a runtime that is shut down drops what it is given.
-struct Running(Weak<Shared>);
+struct Running {
+    node: Weak<Shared>,
+    begun: bool,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if let Some(shared) = self.0.upgrade() {
+        if let Some(shared) = self.node.upgrade() {
             shared.probing_ended();
+            // It panicked, or the node was opened again while it ended. A task that never began
+            // was refused by its runtime, which would refuse the next one as well.
+            if self.begun && shared.is_open() {
+                shared.ensure_probing();
+            }
         }
     }
 }
@@ -191,7 +208,10 @@ where
 
 pub(super) fn spawn(shared: &Arc<Shared>) -> Result<()> {
     let settings = shared.settings.probe.clone();
-    let running = Running(Arc::downgrade(shared));
+    let running = Running {
+        node: Arc::downgrade(shared),
+        begun: false,
+    };
     let task = until_ready(running, settings, shared.in_use.subscribe());
     shared.spawner.spawn(task)
 }

@@ -143,7 +143,7 @@ pub(crate) struct Pipeline<W> {
     /// up to where the kernel has them.
     taken: u64,
     written: u64,
-    /// No deadline of a waiter is before this.
+    /// Nobody is to be released, and nothing judged, before this.
     earliest_deadline: Option<Instant>,
 }
 
@@ -163,9 +163,13 @@ struct Entry {
     serial: u64,
     /// `None` once nobody waits for it any more: abandoned, or settled by its time-out.
     claim: Option<usize>,
+    /// When its caller is released at the latest.
     deadline: Instant,
-    /// Whether it is still to be judged at its deadline. A caller who left before does not want
-    /// it judged; one who left *because* of the deadline does.
+    /// When the server had the time of an attempt: an answer by then is a timely one, whether or
+    /// not the caller had so much time.
+    judge_at: Instant,
+    /// Whether that is still to be judged. A caller who left of its own accord does not want it
+    /// judged; one who left because of its deadline does.
     watched: bool,
     opaque: u32,
     expect: Expect,
@@ -305,7 +309,8 @@ impl<W> Pipeline<W> {
         self.earliest_deadline
     }
 
-    /// Puts a request at the end of the queue.
+    /// Puts a request at the end of the queue. Its caller is released at `deadline`; the server is
+    /// judged at `judge_at`, which is not before that.
     ///
     /// # Errors
     /// [`ErrorKind::Overloaded`] if the queue is full.
@@ -313,6 +318,7 @@ impl<W> Pipeline<W> {
         &mut self,
         operation: &Operation,
         deadline: Instant,
+        judge_at: Instant,
         waiter: Option<W>,
     ) -> Result<Ticket> {
         if self.requests.len() >= self.limits.requests {
@@ -346,6 +352,7 @@ impl<W> Pipeline<W> {
             serial,
             claim: Some(claim),
             deadline,
+            judge_at,
             watched: true,
             opaque,
             expect,
@@ -539,8 +546,9 @@ impl<W> Pipeline<W> {
         violation.map_or(Ok(timely), Err)
     }
 
-    /// Settles every request whose deadline is not after `now`, as a time-out. `charge` says
-    /// whether the node can be blamed for those that were sent; `charged` is told when each was.
+    /// Settles every request whose caller's deadline is not after `now`, as a time-out, and judges
+    /// those that the server had an attempt's time for. `charge` says whether it can be blamed at
+    /// all; `charged` is told when each request that it is blamed for was sent.
     pub(crate) fn expire(
         &mut self,
         now: Instant,
@@ -552,24 +560,26 @@ impl<W> Pipeline<W> {
         for index in 0..self.requests.len() {
             let sent = self.sent(&self.requests[index]);
             let entry = &mut self.requests[index];
-            if !entry.watched {
-                continue;
+            let mut charge_this = Charge::Nobody;
+            if entry.watched && entry.judge_at <= now {
+                entry.watched = false;
+                if let (Some(sent_at), Charge::Node) = (entry.sent_at, charge)
+                    && sent != Sent::No
+                {
+                    charge_this = Charge::Node;
+                    charged(sent_at);
+                }
             }
-            if entry.deadline > now {
-                let known = earliest.unwrap_or(entry.deadline);
-                earliest = Some(known.min(entry.deadline));
-                continue;
-            }
-            entry.watched = false;
-            match entry.sent_at {
-                Some(sent_at) if sent != Sent::No && charge == Charge::Node => charged(sent_at),
-                Some(_) => {}
-                None => self.doubtful += 1,
-            }
-            if let Some(claim) = entry.claim.take() {
-                let outcome = timed_out(entry, sent, charge);
+            if entry.deadline <= now
+                && let Some(claim) = entry.claim.take()
+            {
+                self.doubtful += usize::from(entry.sent_at.is_none());
+                let outcome = timed_out(entry, sent, charge_this);
                 woken.extend(settle(&mut self.claims, claim, outcome));
             }
+            let release = entry.claim.map(|_| entry.deadline);
+            let judge = entry.watched.then_some(entry.judge_at);
+            earliest = [earliest, release, judge].into_iter().flatten().min();
         }
         self.earliest_deadline = earliest;
     }

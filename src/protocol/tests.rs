@@ -80,7 +80,9 @@ impl Conversation {
 
     fn queue(&mut self, operation: &Operation) -> Ticket {
         let deadline = self.now + Duration::from_millis(30);
-        self.pipeline.enqueue(operation, deadline, Some(0)).unwrap()
+        self.pipeline
+            .enqueue(operation, deadline, deadline, Some(0))
+            .unwrap()
     }
 
     /// What goes on the wire now.
@@ -571,7 +573,7 @@ fn a_full_queue_is_an_immediate_error_and_is_usable_after() {
     let full = |talk: &mut Conversation, operation: &Operation| {
         let error = talk
             .pipeline
-            .enqueue(operation, deadline, None)
+            .enqueue(operation, deadline, deadline, None)
             .unwrap_err();
         assert_eq!(
             (error.kind(), error.sent()),

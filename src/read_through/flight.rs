@@ -4,6 +4,7 @@
 //! gets the turn after that finds the outcome. A loader that is dropped or runs out of time gives
 //! the turn up without an outcome, and the next in the queue loads instead.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::future::Future;
@@ -13,9 +14,10 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use tokio::sync::Mutex;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::executor::{Spawner, after, until};
 use crate::key::Key;
 use crate::telemetry;
 use crate::value::{Payload, Value};
@@ -43,6 +45,7 @@ impl Flights {
             flights: self,
             key: key.clone(),
             flight,
+            leads: Cell::new(false),
         }
     }
 
@@ -52,6 +55,7 @@ impl Flights {
         &self,
         key: &Key,
         within: Duration,
+        spawner: Option<&Spawner>,
         load: L,
         refill: R,
     ) -> Result<Option<Value>>
@@ -60,26 +64,25 @@ impl Flights {
         R: FnOnce(Payload) -> Fut,
         Fut: Future<Output = Result<()>>,
     {
-        let deadline = Instant::now() + within;
+        let deadline = after(Instant::now(), within);
         let boarded = self.join(key);
-        let flight = &*boarded.flight;
-        let turn = timeout_at(deadline, flight.turn.lock())
-            .await
-            .map_err(|_| {
-                failed(format!(
-                    "no value within {within:?}, while another caller loads"
-                ))
-            })?;
+        let turn = until(spawner, deadline, boarded.flight.turn.lock()).await?;
+        let Some(turn) = turn else {
+            let message = format!("no value within {within:?}, while another caller loads");
+            return Err(failed(message));
+        };
+        let flight = &boarded.flight;
         if let Some(outcome) = flight.outcome.get() {
             return outcome.clone().map(|payload| payload.map(Value::from));
         }
+        boarded.leads.set(true);
         let load = AssertUnwindSafe(load).catch_unwind();
-        let outcome = match timeout_at(deadline, load).await {
+        let outcome = match until(spawner, deadline, load).await? {
             // The next in the queue may have better luck, and has a time of its own.
-            Err(_elapsed) => return Err(failed(format!("the loader took over {within:?}"))),
-            Ok(Ok(Ok(loaded))) => Ok(loaded),
-            Ok(Ok(Err(error))) => Err(failed("the loader failed").with_source(error)),
-            Ok(Err(_panic)) => Err(failed("the loader panicked")),
+            None => return Err(failed(format!("the loader took over {within:?}"))),
+            Some(Ok(Ok(loaded))) => Ok(loaded),
+            Some(Ok(Err(error))) => Err(failed("the loader failed").with_source(error)),
+            Some(Err(_panic)) => Err(failed("the loader panicked")),
         };
         let outcome = flight.outcome.get_or_init(|| outcome).clone();
         drop(turn);
@@ -96,12 +99,13 @@ fn failed(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::Load, message).with_sent(Sent::No)
 }
 
-/// Somebody who wants a key. The flight ends when its value is in the cache, or the last of them
-/// has left.
+/// Somebody who wants a key. The flight ends when who loaded its value has put it into the cache,
+/// or the last of them has left.
 struct Boarded<'a> {
     flights: &'a Flights,
     key: Key,
     flight: Arc<Flight>,
+    leads: Cell<bool>,
 }
 
 impl Drop for Boarded<'_> {
@@ -110,9 +114,9 @@ impl Drop for Boarded<'_> {
         if let Entry::Occupied(entry) = flights.entry(self.key.clone())
             && Arc::ptr_eq(entry.get(), &self.flight)
         {
-            // Who comes after an outcome must ask the cache. Joining takes the lock we hold, so
-            // the count cannot grow: two are the map's and ours.
-            let landed = self.flight.outcome.get().is_some();
+            // Who comes after that must ask the cache. Joining takes the lock we hold, so the count
+            // cannot grow: two are the map's and ours.
+            let landed = self.leads.get() && self.flight.outcome.get().is_some();
             if landed || Arc::strong_count(&self.flight) == 2 {
                 entry.remove();
             }
@@ -148,7 +152,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 Ok(Some(Payload::from("v")))
             };
-            flights.load(&key(), SECOND, load, stored).await
+            flights.load(&key(), SECOND, None, load, stored).await
         };
         for value in join_all((0..1000).map(|_| one())).await {
             assert_eq!(value.unwrap().unwrap(), "v");
@@ -166,8 +170,8 @@ mod tests {
             started.notify_one();
             std::future::pending().await
         };
-        let leader = Box::pin(flights.load(&key, SECOND, endless, stored));
-        let waiter = flights.load(&key, SECOND, async { Ok(Some("v".into())) }, stored);
+        let leader = Box::pin(flights.load(&key, SECOND, None, endless, stored));
+        let waiter = flights.load(&key, SECOND, None, async { Ok(Some("v".into())) }, stored);
         let leader_until_started = async {
             tokio::select! {
                 _ = leader => unreachable!("its loader never ends"),
@@ -187,8 +191,8 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(1)).await;
             Err(std::io::Error::other("no such table").into())
         };
-        let first = flights.load(&key, SECOND, fail(), stored);
-        let second = flights.load(&key, SECOND, fail(), stored);
+        let first = flights.load(&key, SECOND, None, fail(), stored);
+        let second = flights.load(&key, SECOND, None, fail(), stored);
         let (first, second) = tokio::join!(first, second);
         for outcome in [first, second] {
             let error = outcome.unwrap_err();
@@ -197,7 +201,9 @@ mod tests {
             assert_eq!(source.to_string(), "no such table");
             assert!(source.is::<std::io::Error>());
         }
-        let again = flights.load(&key, SECOND, async { Ok(None) }, stored).await;
+        let again = flights
+            .load(&key, SECOND, None, async { Ok(None) }, stored)
+            .await;
         assert_eq!(again.unwrap(), None);
     }
 
@@ -206,14 +212,14 @@ mod tests {
         let flights = Flights::default();
         let panics = async { panic!("a bug in the loader") };
         let error = flights
-            .load(&key(), SECOND, panics, stored)
+            .load(&key(), SECOND, None, panics, stored)
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Load);
         let hangs = std::future::pending();
         let begun = Instant::now();
         let error = flights
-            .load(&key(), SECOND, hangs, stored)
+            .load(&key(), SECOND, None, hangs, stored)
             .await
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Load);

@@ -168,7 +168,7 @@ where
             async move { ask(service, request).await.map(drop) }
         };
         let within = self.layer.load_timeout;
-        self.flights.load(&key, within, load, refill).await
+        self.flights.load(&key, within, None, load, refill).await
     }
 }
 

@@ -47,14 +47,14 @@ pub(super) async fn connect(
     match timeout(within, attempt).await {
         Ok(outcome) => outcome,
         Err(_elapsed) => {
-            let late = started.elapsed() > within + super::connection::LATE;
+            let late = started.elapsed() > within.saturating_add(super::connection::LATE);
             let failure = if late {
                 ConnectFailure::Ours
             } else {
                 ConnectFailure::TimedOut
             };
             let message = format!("no connection that answers within {within:?}");
-            Err((failure, failed(message)))
+            Err((failure, blame(failure, failed(message))))
         }
     }
 }
@@ -73,7 +73,16 @@ fn dial_failure(error: io::Error) -> (ConnectFailure, Error) {
         _ if cfg!(unix) && matches!(error.raw_os_error(), Some(23 | 24)) => ConnectFailure::Ours,
         _ => ConnectFailure::Other,
     };
-    (failure, failed(error.to_string()).with_source(error))
+    let failed = failed(error.to_string()).with_source(error);
+    (failure, blame(failure, failed))
+}
+
+/// What is our own shortage, or an overload, is no evidence against the node.
+fn blame(failure: ConnectFailure, error: Error) -> Error {
+    match failure {
+        ConnectFailure::Ours | ConnectFailure::Full => error.charged_to(Charge::Nobody),
+        _ => error,
+    }
 }
 
 async fn greet(mut stream: BoxStream) -> Result<Connected, (ConnectFailure, Error)> {
@@ -104,7 +113,8 @@ async fn greet(mut stream: BoxStream) -> Result<Connected, (ConnectFailure, Erro
     let text = match reply {
         Reply::Version(text) if input.is_empty() => text,
         Reply::Failure(_, text) if text.contains("Too many open connections") => {
-            return Err((ConnectFailure::Full, failed(text)));
+            let full = ConnectFailure::Full;
+            return Err((full, blame(full, failed(text))));
         }
         other => {
             return Err(strange(Violation::WrongKind {

@@ -16,6 +16,7 @@ use super::connect::{ConnectFailure, Connected, connect};
 use super::slot::{Node, Phase, Slot};
 use super::{Event, PipelinedSettings};
 use crate::error::{Charge, Error, ErrorKind, Sent};
+use crate::executor::after;
 use crate::protocol::{Batch, Parser, Reply, Violation};
 use crate::transport::BoxStream;
 
@@ -365,7 +366,7 @@ impl Connection {
     }
 
     fn stalls_at(&self, oldest_sent_at: Instant) -> Instant {
-        oldest_sent_at.max(self.heard_at) + self.stall_timeout
+        after(oldest_sent_at.max(self.heard_at), self.stall_timeout)
     }
 
     /// Reads until there is nothing more, and settles what was answered. False if there may be

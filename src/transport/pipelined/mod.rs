@@ -144,11 +144,13 @@ impl PipelinedSettings {
     }
 
     pub(crate) fn stall_after(&self) -> Duration {
-        self.stall_timeout.unwrap_or(self.attempt_timeout * 2)
+        self.stall_timeout
+            .unwrap_or(self.attempt_timeout.saturating_mul(2))
     }
 
     pub(crate) fn connect_within(&self) -> Duration {
-        self.connect_timeout.unwrap_or(self.attempt_timeout * 2)
+        self.connect_timeout
+            .unwrap_or(self.attempt_timeout.saturating_mul(2))
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
@@ -235,6 +237,10 @@ impl Pipelined {
     /// Lets broken connections be tried again at once: the node is known to answer.
     pub(crate) fn end_backoff(&self) {
         self.0.end_backoff();
+    }
+
+    pub(crate) fn connect_within(&self) -> Duration {
+        self.0.connect_within()
     }
 
     /// Connections that are up.

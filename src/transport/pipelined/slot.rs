@@ -8,12 +8,13 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{Event, Observer, PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
-use crate::executor::Spawner;
+use crate::executor::{Spawner, after};
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Request};
 use crate::response::{CasOutcome, Response};
@@ -224,6 +225,10 @@ impl Pool {
         self.node.up()
     }
 
+    pub(super) fn connect_within(&self) -> Duration {
+        self.node.settings.connect_within()
+    }
+
     pub(super) fn end_backoff(&self) {
         for slot in &self.node.slots {
             let mut state = slot.lock();
@@ -280,14 +285,14 @@ impl Pool {
         &self,
         index: usize,
         operation: &Operation,
-        deadline: Instant,
+        (deadline, judge_at): (Instant, Instant),
         waker: &Waker,
     ) -> Result<Ticket> {
         let mut state = self.node.slots[index].lock();
         let next = state.prepare()?;
         let ticket = state
             .pipeline
-            .enqueue(operation, deadline, Some(waker.clone()));
+            .enqueue(operation, deadline, judge_at, Some(waker.clone()));
         drop(state);
         match next {
             Next::Nothing => {}
@@ -401,7 +406,7 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         _ => pool.choose(),
     };
     let now = Instant::now();
-    let attempt_ends = now + settings.attempt_timeout;
+    let attempt_ends = after(now, settings.attempt_timeout);
     let (deadline, give_up_at) = match request.deadline() {
         Some(ends) if ends <= now => {
             let error = Error::new(ErrorKind::Timeout, "its deadline has passed");
@@ -409,11 +414,14 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         }
         Some(ends) if ends <= attempt_ends => (ends, ends),
         // The connection's timer judges, and should speak first; it may be late.
-        Some(ends) => (attempt_ends, ends.min(attempt_ends + connection::LATE)),
-        None => (attempt_ends, attempt_ends + connection::LATE),
+        Some(ends) => (
+            attempt_ends,
+            ends.min(after(attempt_ends, connection::LATE)),
+        ),
+        None => (attempt_ends, after(attempt_ends, connection::LATE)),
     };
     let ticket = pool
-        .enqueue(slot, operation, deadline, cx.waker())
+        .enqueue(slot, operation, (deadline, attempt_ends), cx.waker())
         .map_err(name)?;
     Ok(Started::Waiting(Waiting {
         pool,
