@@ -18,6 +18,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// touch a bounded queue, so that neither a blocked application nor a busy connection can make
 /// the other late. [`current`](Self::current) has the lowest latency for a single request, since
 /// no other thread has to wake up, and is what simulations and paused-time tests want.
+///
+/// Operations may be awaited in any tokio runtime that has its time driver enabled, and with a
+/// dedicated or given executor outside of every runtime, too.
 #[derive(Clone, Debug)]
 pub struct Executor(Kind);
 

@@ -8,5 +8,6 @@ mod layers;
 mod lifecycle;
 mod operations;
 mod real_memcached;
+mod subtleties;
 mod support;
 mod wire_faults;
