@@ -104,7 +104,7 @@ pub fn reply_parser(data: &[u8]) {
 
 fn write_out(pipeline: &mut Pipeline<usize>, now: Instant, woken: &mut Vec<usize>) {
     let mut batch = Batch::default();
-    pipeline.take(&mut batch, now, 1, woken);
+    pipeline.take(&mut batch, now, Duration::ZERO, 1, woken);
     pipeline.wrote(7);
 }
 

@@ -14,6 +14,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::IoSlice;
 use std::num::NonZeroU32;
+use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use slab::Slab;
@@ -22,12 +23,17 @@ use tokio::time::Instant;
 use super::reply::{Code, Failure, Header, Reply};
 use super::{Limits, Violation, encode, reply};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
+use crate::executor::after;
 use crate::request::Operation;
 use crate::response::{CasOutcome, Response};
 use crate::value::{CasToken, Value};
 
 /// More counters than any memcached reports.
 const MAX_STATS: usize = 4096;
+
+/// What one batch holds, if it is more than one request, in bytes: about what a socket takes at
+/// once.
+const BATCH_SIZE: usize = 64 * 1024;
 
 /// A buffer grown beyond this by a burst is not kept, in bytes.
 const KEPT_CAPACITY: usize = 256 * 1024;
@@ -112,6 +118,9 @@ impl Batch {
         if self.heads.is_empty() {
             // Back to the front of its memory, to be filled again.
             self.heads.clear();
+            if self.heads.capacity() > KEPT_CAPACITY {
+                self.heads = BytesMut::new();
+            }
         }
     }
 }
@@ -130,9 +139,10 @@ pub(crate) struct Pipeline<W> {
     heads: BytesMut,
     /// Large values among the queued ones, in bytes.
     queued_bodies: usize,
-    /// Queued requests that may have to be left out when taken: their caller is gone, or they are
-    /// bound to a connection that may be replaced.
-    doubtful: usize,
+    /// Queued requests whose caller is gone: they are left out when taken.
+    dead: usize,
+    /// Queued requests that are bound to a connection which may be replaced before they are taken.
+    swaps: usize,
     next_serial: u64,
     next_opaque: u32,
     /// This connection's number among the node's, counted as established; 0 before the first.
@@ -268,7 +278,8 @@ impl<W> Pipeline<W> {
             in_flight: 0,
             heads: BytesMut::new(),
             queued_bodies: 0,
-            doubtful: 0,
+            dead: 0,
+            swaps: 0,
             next_serial: 0,
             next_opaque: 1,
             connection: 0,
@@ -344,7 +355,7 @@ impl<W> Pipeline<W> {
         let before = self.heads.len();
         let body = encode(operation, opaque, &mut self.heads);
         self.queued_bodies += body.as_ref().map_or(0, Bytes::len);
-        self.doubtful += usize::from(matches!(expect, Expect::Swapped { .. }));
+        self.swaps += usize::from(matches!(expect, Expect::Swapped { .. }));
         let serial = self.next_serial;
         self.next_serial += 1;
         let claim = self.claims.insert(Claim::Waiting { waiter, serial });
@@ -398,19 +409,19 @@ impl<W> Pipeline<W> {
 
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome
     /// if there is one after all, else a time-out that is charged to nobody and tells whether the
-    /// request was sent. Uses the ticket up.
-    pub(crate) fn give_up(&mut self, ticket: Ticket) -> Result<Response> {
+    /// request was sent; and its waiter, whose drop may run anything. Uses the ticket up.
+    pub(crate) fn give_up(&mut self, ticket: Ticket) -> (Result<Response>, Option<W>) {
         if let Some(outcome) = self.poll(&ticket, |_| {}) {
-            return outcome;
+            return (outcome, None);
         }
-        let (_, Some(index)) = self.release(&ticket) else {
-            return Err(timeout(Sent::No));
+        let (waiter, index) = self.release(&ticket);
+        let Some(index) = index else {
+            return (Err(timeout(Sent::No)), waiter);
         };
-        let sent = self.sent(&self.requests[index]);
         let entry = &mut self.requests[index];
-        let outcome = timed_out(entry, sent, Charge::Nobody);
+        let outcome = timed_out(entry, Charge::Nobody);
         entry.leave(true);
-        outcome
+        (outcome, waiter)
     }
 
     /// Frees a claim: its waiter, and the index of its request if that is still there.
@@ -425,38 +436,45 @@ impl<W> Pipeline<W> {
             return (waiter, None);
         };
         if index >= self.in_flight {
-            self.doubtful += 1;
-            // Callers that come and go while nothing can be taken must not fill the queue.
-            let queued = self.requests.len() - self.in_flight;
-            if self.doubtful > 32 && self.doubtful > queued / 2 {
-                self.requests[index].leave(false);
-                self.sweep();
-                return (waiter, None);
-            }
+            self.dead += 1;
+            self.requests[index].leave(false);
+            self.sweep_if_worthwhile();
+            return (waiter, None);
         }
         (waiter, Some(index))
     }
 
-    /// Moves everything queued into `batch`, to be written in full before the next one.
-    /// `newest` is the node's newest connection. Says whether there is anything to write, and
+    /// Moves what is queued into `batch`, to be written in full before the next one: a batch's
+    /// worth of it, so that what cannot be written soon can still be left out. An attempt that was
+    /// sent `now` has until `now + attempt`, whatever it waited before. `newest` is the node's newest connection. Says whether there is anything to write, and
     /// hands out waiters of requests that were settled without being sent.
     pub(crate) fn take(
         &mut self,
         batch: &mut Batch,
         now: Instant,
+        attempt: Duration,
         newest: u32,
         woken: &mut Vec<W>,
     ) -> bool {
         debug_assert!(batch.is_empty(), "the one before was written in full");
-        if self.doubtful > 0 {
+        if self.swaps > 0 {
             self.refuse_outdated_swaps(woken);
+        }
+        if self.dead > 0 {
             self.sweep();
         }
         if !self.has_queued() {
             return false;
         }
-        let mut since_body = 0;
+        let (mut heads, mut since_body, mut bodies) = (0, 0, 0);
+        let mut taken = 0;
         for entry in self.requests.range_mut(self.in_flight..) {
+            if taken > 0 && heads + bodies + entry.head > BATCH_SIZE {
+                break;
+            }
+            taken += 1;
+            heads += entry.head;
+            entry.judge_at = entry.judge_at.max(after(now, attempt));
             entry.start = self.taken;
             entry.sent_at = Some(now);
             entry.newest = newest;
@@ -464,6 +482,8 @@ impl<W> Pipeline<W> {
             since_body += entry.head;
             if let Some(body) = entry.body.take() {
                 self.taken += body.len() as u64 + 2;
+                self.queued_bodies -= body.len();
+                bodies += body.len();
                 batch.bodies.push_back(Body {
                     after: std::mem::take(&mut since_body),
                     value: body,
@@ -471,12 +491,17 @@ impl<W> Pipeline<W> {
                 });
             }
         }
-        std::mem::swap(&mut self.heads, &mut batch.heads);
-        if self.heads.capacity() > KEPT_CAPACITY {
-            self.heads = BytesMut::new();
+        if heads == self.heads.len() {
+            std::mem::swap(&mut self.heads, &mut batch.heads);
+        } else {
+            batch.heads.extend_from_slice(&self.heads[..heads]);
+            self.heads.advance(heads);
         }
-        self.queued_bodies = 0;
-        self.in_flight = self.requests.len();
+        self.in_flight += taken;
+        self.swaps = 0;
+        for entry in self.requests.range(self.in_flight..) {
+            self.swaps += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
+        }
         true
     }
 
@@ -495,7 +520,17 @@ impl<W> Pipeline<W> {
             {
                 let outcome = Ok(Response::Swapped(CasOutcome::Exists));
                 woken.extend(settle(&mut self.claims, claim, outcome));
+                self.dead += 1;
             }
+        }
+    }
+
+    /// Callers that come and go while nothing can be taken must not fill the queue; nor must each
+    /// of them cost a look at all the others.
+    fn sweep_if_worthwhile(&mut self) {
+        let queued = self.requests.len() - self.in_flight;
+        if self.dead > 32.min(self.limits.requests / 8) && self.dead > queued / 2 {
+            self.sweep();
         }
     }
 
@@ -503,13 +538,14 @@ impl<W> Pipeline<W> {
     fn sweep(&mut self) {
         let mut alive = BytesMut::with_capacity(self.heads.len());
         let mut at = 0;
-        self.doubtful = 0;
+        self.dead = 0;
+        self.swaps = 0;
         for entry in self.requests.split_off(self.in_flight) {
             let bytes = &self.heads[at..at + entry.head];
             at += entry.head;
             if entry.claim.is_some() {
                 alive.extend_from_slice(bytes);
-                self.doubtful += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
+                self.swaps += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
                 self.requests.push_back(entry);
             } else {
                 self.queued_bodies -= entry.body.as_ref().map_or(0, Bytes::len);
@@ -558,13 +594,13 @@ impl<W> Pipeline<W> {
     ) {
         let mut earliest: Option<Instant> = None;
         for index in 0..self.requests.len() {
-            let sent = self.sent(&self.requests[index]);
+            let written = self.written;
             let entry = &mut self.requests[index];
             let mut charge_this = Charge::Nobody;
             if entry.watched && entry.judge_at <= now {
                 entry.watched = false;
                 if let (Some(sent_at), Charge::Node) = (entry.sent_at, charge)
-                    && sent != Sent::No
+                    && entry.start < written
                 {
                     charge_this = Charge::Node;
                     charged(sent_at);
@@ -573,8 +609,8 @@ impl<W> Pipeline<W> {
             if entry.deadline <= now
                 && let Some(claim) = entry.claim.take()
             {
-                self.doubtful += usize::from(entry.sent_at.is_none());
-                let outcome = timed_out(entry, sent, charge_this);
+                self.dead += usize::from(entry.sent_at.is_none());
+                let outcome = timed_out(entry, charge_this);
                 woken.extend(settle(&mut self.claims, claim, outcome));
             }
             let release = entry.claim.map(|_| entry.deadline);
@@ -582,16 +618,22 @@ impl<W> Pipeline<W> {
             earliest = [earliest, release, judge].into_iter().flatten().min();
         }
         self.earliest_deadline = earliest;
+        self.sweep_if_worthwhile();
     }
 
-    /// The connection has ended: everything in flight ends with `error`, which is given whether
-    /// it may have been executed. What is queued stays for the next connection.
+    /// The connection has ended, and nothing will be written to it any more: everything in flight
+    /// ends with `error`, which is given whether it may have been executed. What is queued stays for the next connection.
     pub(crate) fn close(&mut self, error: &Error, woken: &mut Vec<W>) {
         for _ in 0..self.in_flight {
             let Some(mut entry) = self.requests.pop_front() else {
                 break;
             };
-            let sent = self.sent(&entry);
+            // Of what was taken the kernel may not have had a byte.
+            let sent = if entry.start < self.written {
+                Sent::Maybe
+            } else {
+                Sent::No
+            };
             if let Some(claim) = entry.claim {
                 let outcome = interrupted(&mut entry, error.clone().with_sent(sent));
                 woken.extend(settle(&mut self.claims, claim, outcome));
@@ -612,15 +654,8 @@ impl<W> Pipeline<W> {
         }
         self.heads.clear();
         self.queued_bodies = 0;
-        self.doubtful = 0;
-    }
-
-    fn sent(&self, entry: &Entry) -> Sent {
-        if entry.sent_at.is_some() && entry.start < self.written {
-            Sent::Maybe
-        } else {
-            Sent::No
-        }
+        self.dead = 0;
+        self.swaps = 0;
     }
 }
 
@@ -639,10 +674,11 @@ fn timeout(sent: Sent) -> Error {
     Error::new(ErrorKind::Timeout, message).with_sent(sent)
 }
 
-fn timed_out(entry: &mut Entry, sent: Sent, charge: Charge) -> Result<Response> {
-    let charge = match sent {
-        Sent::No => Charge::Nobody,
-        Sent::Maybe | Sent::Yes => charge,
+fn timed_out(entry: &mut Entry, charge: Charge) -> Result<Response> {
+    // What is in a batch goes out as soon as the socket takes it, caller or not.
+    let sent = match entry.sent_at {
+        Some(_) => Sent::Maybe,
+        None => Sent::No,
     };
     interrupted(entry, timeout(sent).charged_to(charge))
 }

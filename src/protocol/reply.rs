@@ -213,10 +213,13 @@ impl Parser {
     }
 }
 
+/// Values of at least so many bytes are cut out of the read buffer.
+const CUT_OUT: usize = 32 * 1024;
+
 /// A value that fills much of the buffer is cut out of it without copying; a small one is copied,
 /// because holding on to it must not hold on to the whole buffer.
 fn take_value(buffer: &mut BytesMut, length: usize) -> Bytes {
-    if length >= buffer.capacity() / 2 {
+    if length >= CUT_OUT {
         let data = buffer.split_to(length).freeze();
         buffer.advance(2);
         data

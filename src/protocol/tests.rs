@@ -88,7 +88,8 @@ impl Conversation {
     /// What goes on the wire now.
     fn write(&mut self) -> Vec<u8> {
         let mut batch = Batch::default();
-        self.pipeline.take(&mut batch, self.now, 1, &mut self.woken);
+        self.pipeline
+            .take(&mut batch, self.now, Duration::ZERO, 1, &mut self.woken);
         let bytes = drain(&mut batch, usize::MAX);
         self.pipeline.wrote(bytes.len());
         bytes
@@ -604,7 +605,8 @@ fn the_end_of_a_connection_says_what_may_have_been_executed() {
     // Taken, but the kernel has none of it yet.
     let taken = talk.queue(&get("b"));
     let (mut batch, now) = (Batch::default(), talk.now);
-    talk.pipeline.take(&mut batch, now, 1, &mut talk.woken);
+    talk.pipeline
+        .take(&mut batch, now, Duration::ZERO, 1, &mut talk.woken);
     let queued = talk.queue(&get("c"));
     let error = Error::new(ErrorKind::ConnectionLost, "gone");
     talk.pipeline.close(&error, &mut talk.woken);
@@ -622,7 +624,8 @@ fn the_end_of_a_connection_says_what_may_have_been_executed() {
     // One byte of it with the kernel is enough for doubt.
     let taken = talk.queue(&get("d"));
     let mut batch = Batch::default();
-    talk.pipeline.take(&mut batch, now, 1, &mut talk.woken);
+    talk.pipeline
+        .take(&mut batch, now, Duration::ZERO, 1, &mut talk.woken);
     talk.pipeline.wrote(1);
     talk.pipeline.close(&error, &mut talk.woken);
     assert_eq!(
@@ -656,7 +659,7 @@ fn a_time_out_is_charged_only_for_what_was_sent() {
 fn who_finds_the_deadline_first_is_told_whether_it_was_sent() {
     let mut talk = Conversation::new();
     let sent = talk.send(&get("a"));
-    let error = talk.pipeline.give_up(sent).unwrap_err();
+    let error = talk.pipeline.give_up(sent).0.unwrap_err();
     assert_eq!(
         (error.sent(), error.charge()),
         (Sent::Maybe, Charge::Nobody)
@@ -670,7 +673,7 @@ fn who_finds_the_deadline_first_is_told_whether_it_was_sent() {
     // An answer that is there already wins.
     let answered = talk.send(&get("b"));
     talk.receive(b"EN O1\r\nEN O2\r\n").unwrap();
-    assert!(talk.pipeline.give_up(answered).is_ok());
+    assert!(talk.pipeline.give_up(answered).0.is_ok());
 }
 
 #[test]
@@ -835,7 +838,7 @@ proptest! {
             expected.extend(b"\r\n");
         }
         let (mut batch, now) = (Batch::default(), talk.now);
-        prop_assert!(talk.pipeline.take(&mut batch, now, 1, &mut talk.woken));
+        prop_assert!(talk.pipeline.take(&mut batch, now, Duration::ZERO, 1, &mut talk.woken));
         prop_assert_eq!(drain(&mut batch, at_once), expected);
     }
 }

@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, getuid, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getuid, kill_process, waitid};
 
 /// How often starting is tried, each time with a new port if that is free to choose.
 const ATTEMPTS: u32 = 5;
@@ -95,13 +95,18 @@ impl Memcached {
         self.process.id()
     }
 
-    /// Freezes it (SIGSTOP): connects succeed, nothing answers.
+    /// Freezes it (SIGSTOP), and waits until all of its threads have stopped: connects succeed, nothing answers.
     ///
     /// # Errors
     ///
     /// When the process is gone.
     pub fn stop(&self) -> io::Result<()> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        // Signals are delivered some time after they are sent, to each thread. Looked at, not taken: the process stays
+        // waitable, so that a second stop returns, too.
+        let seen = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(self.id()?), seen)?;
+        Ok(())
     }
 
     /// Ends [`stop`](Self::stop) (SIGCONT): what was sent meanwhile is executed.
@@ -143,11 +148,15 @@ impl Memcached {
         Ok(())
     }
 
-    fn signal(&self, signal: Signal) -> io::Result<()> {
+    fn id(&self) -> io::Result<Pid> {
         let pid = i32::try_from(self.process.id())
             .ok()
             .and_then(Pid::from_raw);
-        kill_process(pid.ok_or(io::ErrorKind::NotFound)?, signal)?;
+        pid.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        kill_process(self.id()?, signal)?;
         Ok(())
     }
 }

@@ -96,7 +96,10 @@ async fn greet(mut stream: BoxStream) -> Result<Connected, (ConnectFailure, Erro
     };
     // A server that is full says so and closes, so the write may fail while its reason waits to be
     // read.
-    let written = stream.write_all(b"version\r\n").await;
+    let written = match stream.write_all(b"version\r\n").await {
+        Ok(()) => stream.flush().await,
+        failed => failed,
+    };
     let mut parser = Parser::new(0);
     let mut input = BytesMut::with_capacity(256);
     let reply = loop {

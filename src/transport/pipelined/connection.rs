@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::connect::{ConnectFailure, Connected, connect};
 use super::slot::{Node, Phase, Slot};
 use super::{Event, PipelinedSettings};
-use crate::error::{Charge, Error, ErrorKind, Sent};
+use crate::error::{Charge, Error, ErrorKind};
 use crate::executor::after;
 use crate::protocol::{Batch, Parser, Reply, Violation};
 use crate::transport::BoxStream;
@@ -93,11 +93,11 @@ async fn run(guard: Guard) {
                 let since = Instant::now();
                 let mut answered = false;
                 let end = serve(node, slot, connected, &mut answered).await;
-                if answered || since.elapsed() > GOOD_LIFE {
+                suspect &= !answered;
+                redial = answered || since.elapsed() > GOOD_LIFE;
+                if redial {
                     failures = 0;
                 }
-                suspect &= !answered;
-                redial = failures == 0;
                 match end {
                     End::Closed => return,
                     End::Lost(error) => error.at_node(&node.name),
@@ -141,13 +141,12 @@ struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let error = Error::new(
-            ErrorKind::Shutdown,
-            "the runtime of the connection has ended",
-        )
-        .with_sent(Sent::Maybe)
-        .at_node(&self.node.name);
         let slot = self.node.slot(self.index);
+        let message = match slot.lock().phase {
+            Phase::Closed => "the client is shut down",
+            _ => "the runtime of the connection has ended",
+        };
+        let error = Error::new(ErrorKind::Shutdown, message).at_node(&self.node.name);
         self.node.fail_all(slot, &error, Phase::Unstarted);
     }
 }
@@ -198,9 +197,15 @@ async fn connect_while_queueing(
                 return Poll::Ready(None);
             }
             let now = Instant::now();
-            state
+            if state
                 .pipeline
-                .expire(now, Charge::Nobody, &mut woken, |_| {});
+                .earliest_deadline()
+                .is_some_and(|due| due <= now)
+            {
+                state
+                    .pipeline
+                    .expire(now, Charge::Nobody, &mut woken, |_| {});
+            }
             state.park(cx.waker());
             let next = state.pipeline.earliest_deadline();
             drop(state);
@@ -213,28 +218,31 @@ async fn connect_while_queueing(
     .await
 }
 
+/// A connection that is up, for as long as this lives.
+struct Up<'a>(&'a Node);
+
+impl Drop for Up<'_> {
+    fn drop(&mut self) {
+        self.0.connection_down();
+    }
+}
+
 /// Runs one connection until it ends.
 async fn serve(node: &Node, slot: &Slot, connected: Connected, answered: &mut bool) -> End {
     let number = node.connection_up();
-    let closed = {
+    let _up = Up(node);
+    {
         let mut state = slot.lock();
-        let closed = matches!(state.phase, Phase::Closed);
-        if !closed {
-            state.phase = Phase::Up;
-            let opaque_on_miss = connected.version.has_opaque_on_miss();
-            state.pipeline.connected(number, opaque_on_miss);
+        if let Phase::Closed = state.phase {
+            return End::Closed;
         }
-        closed
-    };
-    let end = if closed {
-        End::Closed
-    } else {
-        node.report(Event::Connected);
-        let mut connection = Connection::new(connected.stream, &node.settings);
-        poll_fn(|cx| connection.poll(node, slot, answered, cx)).await
-    };
-    node.connection_down();
-    end
+        state.phase = Phase::Up;
+        let opaque_on_miss = connected.version.has_opaque_on_miss();
+        state.pipeline.connected(number, opaque_on_miss);
+    }
+    node.report(Event::Connected);
+    let mut connection = Connection::new(connected.stream, &node.settings);
+    poll_fn(|cx| connection.poll(node, slot, answered, cx)).await
 }
 
 /// A timer that is moved only forward when it must be earlier; firing early costs one look.
@@ -291,6 +299,8 @@ struct Connection {
     /// The task has let others run once since something was queued, so that they could queue
     /// more: the batch is written after one such yield.
     yielded: bool,
+    /// Something was written since the stream was last flushed.
+    unflushed: bool,
     timer: Timer,
     /// When the last byte came, or when it could first have come.
     heard_at: Instant,
@@ -311,6 +321,7 @@ impl Connection {
             input: BytesMut::with_capacity(READ_BUFFER),
             batch: Batch::default(),
             yielded: false,
+            unflushed: false,
             timer: Timer::new(),
             heard_at: Instant::now(),
             streak: None,
@@ -335,6 +346,9 @@ impl Connection {
             Ok(drained) => drained,
             Err(end) => return Poll::Ready(end),
         };
+        if let Phase::Closed = slot.lock().phase {
+            return Poll::Ready(End::Closed);
+        }
         if let Err(error) = self.write(node, slot, cx) {
             // Its last replies may still be on their way up.
             let end = self.read(slot, answered, cx).err();
@@ -345,10 +359,9 @@ impl Connection {
             return Poll::Pending;
         }
         loop {
-            let state = slot.lock();
-            if let Phase::Closed = state.phase {
-                return Poll::Ready(End::Closed);
-            }
+            let mut state = slot.lock();
+            // Also while the socket takes nothing: what is queued then has a deadline, too.
+            state.park(cx.waker());
             let stalls_at = state
                 .pipeline
                 .oldest_sent_at()
@@ -438,8 +451,8 @@ impl Connection {
                 let mut state = slot.lock();
                 if !state.pipeline.has_queued() {
                     self.yielded = false;
-                    state.park(cx.waker());
-                    return Ok(());
+                    drop(state);
+                    return self.flush(cx);
                 }
                 if !self.yielded {
                     self.yielded = true;
@@ -448,9 +461,9 @@ impl Connection {
                 }
                 self.yielded = false;
                 let (now, newest) = (Instant::now(), node.newest());
-                state
-                    .pipeline
-                    .take(&mut self.batch, now, newest, &mut self.woken);
+                let attempt = self.attempt_timeout;
+                let (batch, woken) = (&mut self.batch, &mut self.woken);
+                state.pipeline.take(batch, now, attempt, newest, woken);
                 drop(state);
                 self.woken.drain(..).for_each(Waker::wake);
                 continue;
@@ -464,8 +477,20 @@ impl Connection {
                 Poll::Ready(written) => written?,
             };
             self.batch.advance(written);
+            self.unflushed = true;
             slot.lock().pipeline.wrote(written);
         }
+    }
+
+    /// A stream may keep what it took, TLS for one, until it is asked for it.
+    fn flush(&mut self, cx: &mut Context<'_>) -> std::io::Result<()> {
+        if self.unflushed
+            && let Poll::Ready(flushed) = Pin::new(&mut self.stream).poll_flush(cx)
+        {
+            flushed?;
+            self.unflushed = false;
+        }
+        Ok(())
     }
 
     /// Something was due at `due`: time-outs, or the end of a stalled connection.

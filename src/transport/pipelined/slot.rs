@@ -124,7 +124,7 @@ impl State {
             }
             Phase::Broken { until, error } => {
                 if Instant::now() < *until {
-                    return Err(error.clone());
+                    return Err(error.clone().with_sent(Sent::No));
                 }
                 self.phase = Phase::Idle;
             }
@@ -240,12 +240,15 @@ impl Pool {
 
     pub(super) fn close(&self) {
         for slot in &self.node.slots {
-            self.node.fail_all(slot, &shut_down(), Phase::Idle);
+            let mut woken = Vec::new();
             let mut state = slot.lock();
             state.phase = Phase::Closed;
+            // What is in flight is the task's to settle, once it writes no more.
+            state.pipeline.fail_queued(&shut_down(), &mut woken);
             // Parked or not: it may be waiting for a socket that never moves again.
             let task = state.task.take();
             drop(state);
+            woken.into_iter().for_each(Waker::wake);
             if let Some(task) = task {
                 task.wake();
             }
@@ -264,9 +267,15 @@ impl Pool {
             return first;
         }
         let mut order = (0..slots.len()).map(|offset| (first + offset) % slots.len());
-        // A slot that has never connected is brought up by taking its turn.
+        // One that is not up is brought up by taking its turn, unless it is trying, or has failed
+        // a moment ago.
+        let now = Instant::now();
         order
-            .find(|&index| matches!(slots[index].lock().phase, Phase::Up | Phase::Unstarted))
+            .find(|&index| match &slots[index].lock().phase {
+                Phase::Up | Phase::Unstarted | Phase::Idle => true,
+                Phase::Broken { until, .. } => *until <= now,
+                Phase::Connecting | Phase::Closed => false,
+            })
             .unwrap_or(first)
     }
 
@@ -286,13 +295,15 @@ impl Pool {
         index: usize,
         operation: &Operation,
         (deadline, judge_at): (Instant, Instant),
-        waker: &Waker,
+        waker: Waker,
     ) -> Result<Ticket> {
         let mut state = self.node.slots[index].lock();
         let next = state.prepare()?;
-        let ticket = state
-            .pipeline
-            .enqueue(operation, deadline, judge_at, Some(waker.clone()));
+        let pipeline = &mut state.pipeline;
+        let ticket = pipeline.enqueue(operation, deadline, judge_at, None);
+        if let Ok(ticket) = &ticket {
+            pipeline.poll(ticket, |waiter| *waiter = Some(waker));
+        }
         drop(state);
         match next {
             Next::Nothing => {}
@@ -421,7 +432,12 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         None => (attempt_ends, after(attempt_ends, connection::LATE)),
     };
     let ticket = pool
-        .enqueue(slot, operation, (deadline, attempt_ends), cx.waker())
+        .enqueue(
+            slot,
+            operation,
+            (deadline, attempt_ends),
+            cx.waker().clone(),
+        )
         .map_err(name)?;
     Ok(Started::Waiting(Waiting {
         pool,
@@ -437,20 +453,39 @@ impl Waiting {
             panic!("polled after completion");
         };
         let node = &self.pool.node;
-        let mut state = node.slot(self.slot).lock();
-        let outcome = state.pipeline.poll(&ticket, |waiter| match waiter {
-            Some(waker) => waker.clone_from(cx.waker()),
-            None => *waiter = Some(cx.waker().clone()),
+        let slot = node.slot(self.slot);
+        let mut known = true;
+        let mut state = slot.lock();
+        let mut outcome = state.pipeline.poll(&ticket, |waiter| {
+            known = waiter
+                .as_ref()
+                .is_some_and(|waker| waker.will_wake(cx.waker()));
         });
+        // A waker's drop may run anything, this future's siblings included: not under the lock.
+        let (mut replaced, mut given_up) = (None, None);
+        if !known && outcome.is_none() {
+            drop(state);
+            let waker = cx.waker().clone();
+            state = slot.lock();
+            outcome = state
+                .pipeline
+                .poll(&ticket, |waiter| replaced = waiter.replace(waker));
+        }
         let outcome = match outcome {
             Some(outcome) => outcome,
-            None if Instant::now() >= self.give_up_at => state.pipeline.give_up(ticket),
+            None if Instant::now() >= self.give_up_at => {
+                let (outcome, waiter) = state.pipeline.give_up(ticket);
+                given_up = waiter;
+                outcome
+            }
             None => {
                 self.ticket = Some(ticket);
+                drop(state);
                 return Poll::Pending;
             }
         };
         drop(state);
+        drop((replaced, given_up));
         Poll::Ready(outcome.map_err(|error| error.at_node(&node.name)))
     }
 }
