@@ -469,7 +469,8 @@ impl<W> Pipeline<W> {
         let (mut heads, mut since_body, mut bodies) = (0, 0, 0);
         let mut taken = 0;
         for entry in self.requests.range_mut(self.in_flight..) {
-            if taken > 0 && heads + bodies + entry.head > BATCH_SIZE {
+            let size = entry.head + entry.body.as_ref().map_or(0, Bytes::len);
+            if taken > 0 && heads + bodies + size > BATCH_SIZE {
                 break;
             }
             taken += 1;

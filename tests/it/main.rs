@@ -8,6 +8,7 @@ mod layers;
 mod lifecycle;
 mod operations;
 mod real_memcached;
+mod sockets;
 mod subtleties;
 mod support;
 mod wire_faults;
