@@ -40,7 +40,7 @@ struct Dedicated {
 
 impl Executor {
     /// Threads of our own, started when a client is built and stopped when the last client using
-    /// them is dropped. Clones share the threads.
+    /// them, and the last clone of this, is dropped. Clones share the threads.
     ///
     /// `name` names the threads; of `threads` at least one is started.
     #[must_use]

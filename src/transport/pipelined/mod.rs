@@ -200,8 +200,8 @@ fn next_node_number() -> NonZeroU32 {
 /// [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded) from `call`.
 ///
 /// # Cancel safety
-/// Dropping a [`PipelinedFuture`] before its request was handed to the socket takes it out of the
-/// queue; after that its place among the replies is kept and its reply discarded.
+/// Dropping a [`PipelinedFuture`] whose request is still queued takes it out of the queue. Once it
+/// is in the batch being written its place among the replies is kept and its reply discarded.
 #[derive(Clone, Debug)]
 pub struct Pipelined(Arc<Pool>);
 
