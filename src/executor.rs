@@ -166,6 +166,10 @@ impl Spawner {
     }
 }
 
+/// A timer that fires later than this shows that *we* were late: the request it ends has run out
+/// of time, but nobody is to blame. tokio's timers have a granularity of 1 ms.
+pub(crate) const LATE: Duration = Duration::from_millis(5);
+
 /// `now + duration`, or a moment that will not come: a timeout of `Duration::MAX` means none.
 pub(crate) fn after(now: Instant, duration: Duration) -> Instant {
     const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);

@@ -32,7 +32,7 @@ use probe::Probe;
 pub use probe::ProbeSettings;
 
 use crate::error::{BoxError, Charge, Error, ErrorKind, Result, Sent};
-use crate::executor::{Executor, Spawner, after};
+use crate::executor::{Executor, LATE, Spawner, after};
 use crate::request::{Origin, Request};
 use crate::response::Response;
 use crate::telemetry;
@@ -664,7 +664,7 @@ where
 /// An attempt ended by our own timer. Found late, or before it had its `full` time, it is nobody's
 /// fault.
 fn overdue(due: Instant, full: bool) -> Error {
-    let late = due.elapsed() > Duration::from_millis(5);
+    let late = due.elapsed() > LATE;
     let charge = if late || !full {
         Charge::Nobody
     } else {

@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::super::{Address, BoxStream, Connector};
 use crate::error::{Charge, Error, ErrorKind};
+use crate::executor::LATE;
 use crate::protocol::{MINIMUM_VERSION, Parser, Reply, ServerVersion, Violation};
 
 /// Why there is no connection, as far as it matters to judging the node.
@@ -47,7 +48,7 @@ pub(super) async fn connect(
     match timeout(within, attempt).await {
         Ok(outcome) => outcome,
         Err(_elapsed) => {
-            let late = started.elapsed() > within.saturating_add(super::connection::LATE);
+            let late = started.elapsed() > within.saturating_add(LATE);
             let failure = if late {
                 ConnectFailure::Ours
             } else {

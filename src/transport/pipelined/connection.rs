@@ -16,13 +16,9 @@ use super::connect::{ConnectFailure, Connected, connect};
 use super::slot::{Node, Phase, Slot};
 use super::{Event, PipelinedSettings};
 use crate::error::{Charge, Error, ErrorKind};
-use crate::executor::after;
+use crate::executor::{LATE, after};
 use crate::protocol::{Batch, Parser, Reply, Violation};
 use crate::transport::BoxStream;
-
-/// A timer that fires later than this shows that *we* were late: the request it ends has run out
-/// of time, but nobody is to blame. tokio's timers have a granularity of 1 ms.
-pub(super) const LATE: Duration = Duration::from_millis(5);
 
 /// The least room for a read.
 const READ_SIZE: usize = 16 * 1024;

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::{Event, Observer, PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
-use crate::executor::{Spawner, after};
+use crate::executor::{LATE, Spawner, after};
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Request};
 use crate::response::{CasOutcome, Response};
@@ -425,11 +425,8 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         }
         Some(ends) if ends <= attempt_ends => (ends, ends),
         // The connection's timer judges, and should speak first; it may be late.
-        Some(ends) => (
-            attempt_ends,
-            ends.min(after(attempt_ends, connection::LATE)),
-        ),
-        None => (attempt_ends, after(attempt_ends, connection::LATE)),
+        Some(ends) => (attempt_ends, ends.min(after(attempt_ends, LATE))),
+        None => (attempt_ends, after(attempt_ends, LATE)),
     };
     let ticket = pool
         .enqueue(
