@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use tokio::time::Instant;
+use tower::{Service, ServiceExt as _};
 
+use crate::error::{BoxError, Error, Result};
 use crate::key::Key;
+use crate::response::Response;
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload};
 
@@ -248,6 +251,16 @@ impl Request {
     pub(crate) fn with_origin(mut self, origin: Origin) -> Self {
         self.origin = origin;
         self
+    }
+
+    /// Asks a service, whatever errors it has.
+    pub(crate) async fn ask<S>(self, service: S) -> Result<Response>
+    where
+        S: Service<Self, Response = Response>,
+        S::Error: Into<BoxError>,
+    {
+        let answer = service.oneshot(self).await;
+        answer.map_err(|error| Error::from_boxed(error.into()))
     }
 
     /// What is asked.

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, Either, select};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
-use tower::{Service, ServiceExt as _};
+use tower::Service;
 
 use super::Shared;
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -113,33 +113,24 @@ where
         key,
         with_cas: false,
     };
-    let written = match ask(service.clone(), write).await {
+    let written = match Request::new(write).ask(service.clone()).await {
         Ok(Response::Stored(stored)) => stored,
         Ok(_) => false,
         // A server without memory for it, or for items so large, answers, and may well serve what
         // it has.
         Err(error) if matches!(error.kind(), ErrorKind::Server | ErrorKind::ValueTooLarge) => {
-            ask(service, read).await?;
+            Request::new(read).ask(service).await?;
             return Ok(());
         }
         Err(error) => return Err(error),
     };
-    match ask(service, read).await? {
+    match Request::new(read).ask(service).await? {
         Response::Value(Some(read)) if written && *read == *value => Ok(()),
         _ => Err(Error::new(
             ErrorKind::Protocol,
             "the canary was not read back as it was written",
         )),
     }
-}
-
-async fn ask<S>(service: S, operation: Operation) -> Result<Response>
-where
-    S: Service<Request, Response = Response>,
-    S::Error: Into<BoxError>,
-{
-    let answer = service.oneshot(Request::new(operation)).await;
-    answer.map_err(|error| Error::from_boxed(error.into()))
 }
 
 /// Probes an open node until it is closed, or nobody uses it any more. It holds on to the node

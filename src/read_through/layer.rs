@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use tower::{Layer, Service, ServiceExt as _};
+use tower::{Layer, Service};
 
 use super::{Flights, settled};
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -130,7 +130,7 @@ where
                     let value = this.get_or_load(key, request).await?;
                     Ok(Response::Value(value))
                 }
-                _ => ask(this.inner, request).await,
+                _ => request.ask(this.inner).await,
             }
         })
     }
@@ -144,7 +144,7 @@ where
 {
     async fn get_or_load(self, key: Key, request: Request) -> Result<Option<Value>> {
         let deadline = request.deadline();
-        let cached = match ask(self.inner.clone(), request).await {
+        let cached = match request.ask(self.inner.clone()).await {
             Ok(Response::Value(value)) => Ok(value),
             Ok(_) => Err(Error::new(ErrorKind::Layer, "not the answer to a get")),
             Err(error) => Err(error),
@@ -165,18 +165,9 @@ where
                 None => request,
             };
             let service = self.inner.clone();
-            async move { ask(service, request).await.map(drop) }
+            async move { request.ask(service).await.map(drop) }
         };
         let within = self.layer.load_timeout;
         self.flights.load(&key, within, None, load, refill).await
     }
-}
-
-async fn ask<S>(service: S, request: Request) -> Result<Response>
-where
-    S: Service<Request, Response = Response>,
-    S::Error: Into<BoxError>,
-{
-    let answer = service.oneshot(request).await;
-    answer.map_err(|error| Error::from_boxed(error.into()))
 }
