@@ -109,6 +109,8 @@ pub enum Sent {
 pub(crate) enum Charge {
     Node,
     Nobody,
+    /// Found late: whether the node was in time is not known.
+    OurLateness,
 }
 
 /// Why an operation failed.

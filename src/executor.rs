@@ -147,6 +147,11 @@ impl Spawner {
         Ok(self.0.known.get_or_init(|| current))
     }
 
+    /// Whether it is decided where things run.
+    pub(crate) fn knows_its_runtime(&self) -> bool {
+        self.0.known.get().is_some()
+    }
+
     /// Runs a task until it ends, or the runtime does: then it is dropped, so what must happen at
     /// its end belongs in a `Drop`. The task must not own this `Spawner`, or its threads would
     /// keep themselves running.

@@ -80,7 +80,8 @@ pub use executor::Executor;
 pub use group::{Group, GroupFuture, GroupLayer, KillSwitch};
 pub use key::{IntoKey, InvalidKey, Key, MAX_KEY_LENGTH};
 pub use node::{
-    BreakerState, Node, NodeFuture, NodeLayer, NodeSettings, NodeStatus, ProbeSettings,
+    BreakerSettings, BreakerState, EjectionCause, JournalOverflow, JournalSettings, Node,
+    NodeFuture, NodeLayer, NodeSettings, NodeStatus, ProbeSettings,
 };
 pub use protocol::{MINIMUM_VERSION, Violation};
 pub use read_through::{Loader, ReadThrough, ReadThroughLayer};

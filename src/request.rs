@@ -183,6 +183,93 @@ impl Operation {
         }
     }
 
+    /// The key, if it is one of which an older value must not be read after this: that of a set,
+    /// add, replace or delete. What counters, append and cas leave in doubt is their caller's own.
+    pub(crate) fn written(&self) -> Option<&Key> {
+        match self {
+            Self::Store { mode, key, .. } => {
+                let whole = matches!(mode, StoreMode::Set | StoreMode::Add | StoreMode::Replace);
+                whole.then_some(key)
+            }
+            Self::Delete { key } => Some(key),
+            _ => None,
+        }
+    }
+
+    /// Whether it reads a value, so that a miss answers it.
+    pub(crate) fn is_read(&self) -> bool {
+        matches!(
+            self,
+            Self::Get { .. } | Self::GetMany { .. } | Self::GetAndTouch { .. }
+        )
+    }
+
+    /// Whether it is an add.
+    pub(crate) fn is_add(&self) -> bool {
+        matches!(self, Self::Store { mode, .. } if *mode == StoreMode::Add)
+    }
+
+    /// Whether it is a compare-and-swap.
+    pub(crate) fn is_swap(&self) -> bool {
+        matches!(self, Self::CompareAndSwap { .. })
+    }
+
+    /// Whether it does the same whatever is there.
+    pub(crate) fn is_blind(&self) -> bool {
+        match self {
+            Self::Store { mode, .. } => *mode == StoreMode::Set,
+            Self::Delete { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether what it does leaves something behind that has a TTL.
+    pub(crate) fn lasts(&self) -> bool {
+        matches!(
+            self,
+            Self::Store { .. } | Self::Touch { .. } | Self::GetAndTouch { .. }
+        )
+    }
+
+    /// Whether what it leaves differs from what was there before.
+    pub(crate) fn changes(&self) -> bool {
+        matches!(
+            self,
+            Self::Store { .. }
+                | Self::CompareAndSwap { .. }
+                | Self::Delete { .. }
+                | Self::Arithmetic { .. }
+        )
+    }
+
+    /// Its name's place in [`NAMES`](Self::NAMES).
+    pub(crate) fn ordinal(&self) -> usize {
+        let name = self.name();
+        let place = Self::NAMES.iter().position(|&known| known == name);
+        place.unwrap_or_default()
+    }
+
+    /// What [`name`](Self::name) may say.
+    pub(crate) const NAMES: [&'static str; 17] = [
+        "get",
+        "gets",
+        "get_many",
+        "get_and_touch",
+        "set",
+        "add",
+        "replace",
+        "append",
+        "prepend",
+        "cas",
+        "delete",
+        "touch",
+        "increment",
+        "decrement",
+        "version",
+        "flush_all",
+        "stats",
+    ];
+
     /// Caps the TTL it sets, if it sets one.
     pub(crate) fn cap_ttl(&mut self, limit: std::time::Duration) {
         match self {
@@ -227,6 +314,7 @@ pub struct Request {
     operation: Operation,
     deadline: Option<Instant>,
     origin: Origin,
+    hedging: bool,
 }
 
 impl Request {
@@ -237,6 +325,7 @@ impl Request {
             operation,
             deadline: None,
             origin: Origin::Home,
+            hedging: false,
         }
     }
 
@@ -251,6 +340,16 @@ impl Request {
     pub(crate) fn with_origin(mut self, origin: Origin) -> Self {
         self.origin = origin;
         self
+    }
+
+    /// The same once more, beside the first: over another connection if there is one.
+    pub(crate) fn hedging(mut self) -> Self {
+        self.hedging = true;
+        self
+    }
+
+    pub(crate) fn is_hedging(&self) -> bool {
+        self.hedging
     }
 
     /// Asks a service, whatever errors it has.

@@ -1,53 +1,211 @@
-//! Every metric name, in one place. Counters go through the [`metrics`] facade: without a
-//! recorder they cost nearly nothing. A label is a node or a cause, never a key.
+//! Every metric name, in one place. Metrics go through the [`metrics`] facade; without a recorder
+//! they cost nearly nothing. A label is a node, an operation, an outcome or a cause, never a key.
 //!
-//! These are all rare events; nothing here is on the path of a request that succeeds.
+//! Handles are made when first used and made anew every 10 s, so that a recorder that is installed
+//! after the client was built counts too, from then on.
 
-use metrics::counter;
+use std::sync::OnceLock;
+use std::time::Duration;
 
-use crate::error::Error;
+use arc_swap::ArcSwap;
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
-/// A node's circuit breaker opened. Labels: `node`, `cause`.
-pub const BREAKER_OPENED: &str = "memcached_breaker_opened_total";
-/// A node's circuit breaker closed again. Label: `node`.
-pub const BREAKER_CLOSED: &str = "memcached_breaker_closed_total";
-/// A readiness probe of an open node ended. Labels: `node`, `result` (`success`, `failure`).
+use crate::request::Operation;
+
+/// Requests to a node ended. Labels: `node`, `operation` ([`Operation::name`]), `outcome`
+/// (`answered`, `timeout`, `failed`, `refused` by ourselves or a layer, `dropped` by the caller,
+/// `late` for time-outs found late by our own fault). Probes are not counted.
+pub const REQUESTS: &str = "memcached_requests_total";
+/// How long requests to a node took until they were answered, in seconds. Label: `node`.
+pub const LATENCY: &str = "memcached_request_duration_seconds";
+/// Requests at a node now, queued or sent; a gauge, set each second. Label: `node`.
+pub const IN_FLIGHT: &str = "memcached_requests_in_flight";
+/// Requests in the queues of a node's connections, sent ones included; a gauge, set each second.
+/// Label: `node`.
+pub const QUEUE_DEPTH: &str = "memcached_queue_depth";
+/// Connections to a node that are up; a gauge, set each second. Label: `node`.
+pub const CONNECTIONS: &str = "memcached_connections";
+/// A node's circuit breaker: 0 closed, 1 ramping, 2 half-open, 3 open; a gauge. Label: `node`.
+pub const BREAKER_STATE: &str = "memcached_breaker_state";
+/// A node's circuit breaker opened. Labels: `node`, `cause`
+/// ([`EjectionCause::name`](crate::EjectionCause::name)).
+pub const EJECTIONS: &str = "memcached_ejections_total";
+/// A node that was out takes requests again. Label: `node`.
+pub const READMISSIONS: &str = "memcached_readmissions_total";
+/// A readiness probe ended. Labels: `node`, `result` (`success`, `failure`).
 pub const PROBES: &str = "memcached_probes_total";
+/// Keys of which a node may hold something old; a gauge, set each second. Label: `node`.
+pub const JOURNAL_KEYS: &str = "memcached_journal_keys";
+/// A key found no room in a node's journal. Label: `node`.
+pub const JOURNAL_OVERFLOWS: &str = "memcached_journal_overflows_total";
+/// A key was deleted on a node because of its journal. Label: `node`.
+pub const JOURNAL_DELETIONS: &str = "memcached_journal_deletions_total";
 /// A request went to another node than its own. Label: `node`, its own.
 pub const FAILOVERS: &str = "memcached_failovers_total";
 /// A request was sent again to the same node. Label: `node`.
 pub const RETRIES: &str = "memcached_retries_total";
-/// A retry or failover was not made because the retry budget was spent. Label: `node`.
+/// A second attempt was made while the first was still unanswered. Label: `node`.
+pub const HEDGES: &str = "memcached_hedges_total";
+/// A retry, failover or hedge was not made because the retry budget was spent. Label: `node`.
 pub const BUDGET_EXHAUSTED: &str = "memcached_retry_budget_exhausted_total";
 /// A loaded value could not be put into the cache.
 pub const REFILLS_FAILED: &str = "memcached_refills_failed_total";
 
-pub(crate) fn breaker_opened(node: &str, cause: &Error) {
-    let cause = format!("{:?}", cause.kind());
-    counter!(BREAKER_OPENED, "node" => node.to_owned(), "cause" => cause).increment(1);
-}
-
-pub(crate) fn breaker_closed(node: &str) {
-    counter!(BREAKER_CLOSED, "node" => node.to_owned()).increment(1);
-}
-
-pub(crate) fn probed(node: &str, ready: bool) {
-    let result = if ready { "success" } else { "failure" };
-    counter!(PROBES, "node" => node.to_owned(), "result" => result).increment(1);
-}
-
-pub(crate) fn failed_over(node: &str) {
-    counter!(FAILOVERS, "node" => node.to_owned()).increment(1);
-}
-
-pub(crate) fn retried(node: &str) {
-    counter!(RETRIES, "node" => node.to_owned()).increment(1);
-}
-
-pub(crate) fn budget_exhausted(node: &str) {
-    counter!(BUDGET_EXHAUSTED, "node" => node.to_owned()).increment(1);
-}
-
 pub(crate) fn refill_failed() {
     counter!(REFILLS_FAILED).increment(1);
+}
+
+/// How old handles may become: a recorder may have been installed since.
+pub(crate) const REMADE_EVERY: Duration = Duration::from_secs(10);
+
+/// A handle, made when first used.
+struct Lazy<H>(OnceLock<H>);
+
+impl<H> Default for Lazy<H> {
+    fn default() -> Self {
+        Self(OnceLock::new())
+    }
+}
+
+impl<H> Lazy<H> {
+    fn get(&self, make: impl FnOnce() -> H) -> &H {
+        self.0.get_or_init(make)
+    }
+}
+
+/// What is counted at one node.
+pub(crate) struct NodeMeters {
+    node: String,
+    outcomes: &'static [&'static str],
+    handles: ArcSwap<Handles>,
+}
+
+#[derive(Default)]
+struct Handles {
+    requests: Box<[Lazy<Counter>]>,
+    latency: Lazy<Histogram>,
+    events: [Lazy<Counter>; Event::COUNT],
+    gauges: [Lazy<Gauge>; Level::COUNT],
+}
+
+/// What is counted one by one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Event {
+    Readmission,
+    ProbeSuccess,
+    ProbeFailure,
+    JournalOverflow,
+    JournalDeletion,
+    Failover,
+    Retry,
+    Hedge,
+    BudgetExhausted,
+}
+
+impl Event {
+    const COUNT: usize = Self::BudgetExhausted as usize + 1;
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Readmission => READMISSIONS,
+            Self::ProbeSuccess | Self::ProbeFailure => PROBES,
+            Self::JournalOverflow => JOURNAL_OVERFLOWS,
+            Self::JournalDeletion => JOURNAL_DELETIONS,
+            Self::Failover => FAILOVERS,
+            Self::Retry => RETRIES,
+            Self::Hedge => HEDGES,
+            Self::BudgetExhausted => BUDGET_EXHAUSTED,
+        }
+    }
+}
+
+/// What goes up and down.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Level {
+    InFlight,
+    QueueDepth,
+    Connections,
+    BreakerState,
+    JournalKeys,
+}
+
+impl Level {
+    const COUNT: usize = Self::JournalKeys as usize + 1;
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::InFlight => IN_FLIGHT,
+            Self::QueueDepth => QUEUE_DEPTH,
+            Self::Connections => CONNECTIONS,
+            Self::BreakerState => BREAKER_STATE,
+            Self::JournalKeys => JOURNAL_KEYS,
+        }
+    }
+}
+
+impl NodeMeters {
+    /// `outcomes` are the names of the outcomes that requests are counted by.
+    pub(crate) fn new(node: &str, outcomes: &'static [&'static str]) -> Self {
+        let meters = Self {
+            node: node.to_owned(),
+            outcomes,
+            handles: ArcSwap::default(),
+        };
+        meters.remake();
+        meters
+    }
+
+    /// Forgets the handles: the next use makes them anew.
+    pub(crate) fn remake(&self) {
+        let cells = Operation::NAMES.len() * self.outcomes.len();
+        self.handles.store(std::sync::Arc::new(Handles {
+            requests: (0..cells).map(|_| Lazy::default()).collect(),
+            ..Handles::default()
+        }));
+    }
+
+    /// A request ended; `latency` if it was answered.
+    pub(crate) fn request(&self, operation: usize, outcome: usize, latency: Option<Duration>) {
+        let handles = self.handles.load();
+        let counted = handles.requests[operation * self.outcomes.len() + outcome].get(|| {
+            counter!(
+                REQUESTS,
+                "node" => self.node.clone(),
+                "operation" => Operation::NAMES[operation],
+                "outcome" => self.outcomes[outcome],
+            )
+        });
+        counted.increment(1);
+        if let Some(latency) = latency {
+            let histogram = handles
+                .latency
+                .get(|| histogram!(LATENCY, "node" => self.node.clone()));
+            histogram.record(latency.as_secs_f64());
+        }
+    }
+
+    pub(crate) fn count(&self, event: Event) {
+        let handles = self.handles.load();
+        let counted = handles.events[event as usize].get(|| {
+            let node = self.node.clone();
+            match event {
+                Event::ProbeSuccess => counter!(PROBES, "node" => node, "result" => "success"),
+                Event::ProbeFailure => counter!(PROBES, "node" => node, "result" => "failure"),
+                _ => counter!(event.name(), "node" => node),
+            }
+        });
+        counted.increment(1);
+    }
+
+    pub(crate) fn set(&self, level: Level, value: usize) {
+        let handles = self.handles.load();
+        let shown = handles.gauges[level as usize]
+            .get(|| gauge!(level.name(), "node" => self.node.clone()));
+        shown.set(value as f64);
+    }
+
+    pub(crate) fn ejected(&self, cause: &'static str) {
+        // Rare, and there are many causes.
+        counter!(EJECTIONS, "node" => self.node.clone(), "cause" => cause).increment(1);
+    }
 }

@@ -11,7 +11,7 @@ use super::{Client, Shared};
 use crate::cluster::{Cluster, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring};
 use crate::error::{BoxError, Error, Result};
 use crate::executor::Executor;
-use crate::node::{Node, NodeSettings, ProbeSettings};
+use crate::node::{BreakerSettings, JournalSettings, Node, NodeSettings, ProbeSettings};
 use crate::read_through::Flights;
 use crate::request::Request;
 use crate::response::Response;
@@ -104,8 +104,21 @@ impl<L, N> ClientBuilder<L, N> {
     /// the new one answers nothing either, the node's circuit breaker opens.
     #[must_use]
     pub fn consecutive_timeouts(mut self, timeouts: u32) -> Self {
-        self.transport = self.transport.timeouts_to_close(timeouts);
         self.node = self.node.consecutive_timeouts(timeouts);
+        self
+    }
+
+    /// When a node's circuit breaker opens, and how the node comes back.
+    #[must_use]
+    pub fn breaker(mut self, breaker: BreakerSettings) -> Self {
+        self.node = self.node.breaker(breaker);
+        self
+    }
+
+    /// What is remembered of keys that were written while a node could not be told.
+    #[must_use]
+    pub fn journal(mut self, journal: JournalSettings) -> Self {
+        self.node = self.node.journal(journal);
         self
     }
 
@@ -187,7 +200,24 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
-    /// How a node is tested while its breaker is open.
+    /// With more than this share of the nodes out, rounded down, nothing is redistributed any more;
+    /// 50 % by default (see [`ClusterSettings::max_ejection_percent`]).
+    #[must_use]
+    pub fn max_ejection_percent(mut self, percent: u32) -> Self {
+        self.cluster = self.cluster.max_ejection_percent(percent);
+        self
+    }
+
+    /// Whether a get that takes longer than 95 % of them is sent once more over another connection
+    /// of the same node; not by default. It needs at least two
+    /// [`connections`](Self::connections) (see [`ClusterSettings::hedged_gets`]).
+    #[must_use]
+    pub fn hedged_gets(mut self, hedged: bool) -> Self {
+        self.cluster = self.cluster.hedged_gets(hedged);
+        self
+    }
+
+    /// How a node is tested.
     #[must_use]
     pub fn probe(mut self, probe: ProbeSettings) -> Self {
         self.node = self.node.probe(probe);
@@ -299,12 +329,18 @@ impl<L, N> ClientBuilder<L, N> {
             return Err(Error::configuration("the load timeout is zero"));
         }
         let attempt_timeout = self.attempt_timeout.min(self.timeout);
+        let timeouts = self.node.timeouts_to_close();
         let transport = self.transport.attempt_timeout(attempt_timeout);
+        let transport = transport.timeouts_to_close(timeouts);
         let node = self.node.attempt_timeout(attempt_timeout);
         node.validate()?;
         transport.validate()?;
         let specs = self.nodes.into_iter().collect::<Result<Vec<_>>>()?;
         self.cluster.validate()?;
+        if self.cluster.hedged_gets && transport.connections < 2 {
+            let message = "hedged gets need at least two connections to a node";
+            return Err(Error::configuration(message));
+        }
 
         let spawner = self.executor.start()?;
         let (node_layer, times_attempts) = (self.node_layer, self.times_attempts);

@@ -6,6 +6,7 @@
 
 mod builder;
 mod call;
+mod events;
 mod multi_get;
 mod operations;
 
@@ -13,6 +14,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::Stream;
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceExt as _};
 
@@ -148,6 +150,29 @@ impl<S> Client<S> {
     pub fn nodes(&self) -> Vec<NodeStatus> {
         let cluster = self.shared.cluster.as_ref();
         cluster.map_or_else(Vec::new, |cluster| cluster.nodes())
+    }
+
+    /// Each node's status, whenever its circuit breaker has changed its state; first of all, what
+    /// each is now. For logs and dashboards.
+    ///
+    /// Like a `watch` channel it tells the latest: of states that follow each other faster than the
+    /// stream is polled only the last is told. It does not keep the client alive, and ends with it;
+    /// for a client made [`from_service`](Self::from_service) at once.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tower_memcached::Client) {
+    /// use futures::StreamExt as _;
+    ///
+    /// let mut events = client.node_events();
+    /// tokio::spawn(async move {
+    ///     while let Some(status) = events.next().await {
+    ///         println!("{} is {:?}: {:?}", status.node, status.state, status.cause);
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    pub fn node_events(&self) -> impl Stream<Item = NodeStatus> + Send + Unpin + use<S> {
+        Box::pin(events::of(self.shared.cluster.as_ref()))
     }
 
     /// Replaces the nodes, at once for all clones. A node that stays keeps its connections and

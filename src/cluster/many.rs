@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use tokio::time::Instant;
 use tower::Service;
 
+use super::place::Placed;
 use super::route::Attempt;
 use super::{After, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
@@ -84,11 +85,12 @@ impl<S: Service<Request> + Clone> Many<S> {
 
     /// Sends keys to where they go: to their homes, or after a failure to where `after` says.
     fn send(&mut self, indexes: Vec<usize>, tries: &Tries, mut after: Option<(After, Error)>) {
+        let operation = reads();
         if let (Some((after @ After::Move { paid: true }, _)), Some(&first)) =
             (&mut after, indexes.first())
             && self
                 .shared
-                .next(&self.keys[first], tries, true, |_, _| ())
+                .next(&self.keys[first], &operation, tries, true, |_, _| ())
                 .is_none()
         {
             // A batch is one request to the budget, which does not pay for it.
@@ -113,18 +115,22 @@ impl<S: Service<Request> + Clone> Many<S> {
                     }),
                 }
             };
-            let placed = match &after {
+            let settled = match &after {
                 None | Some((After::Repeat(_), _)) => {
-                    self.shared.first(key, true, place);
-                    true
+                    match self.shared.first(key, &operation, place) {
+                        Placed::At(()) => None,
+                        Placed::Settled(Ok(_)) => Some(Ok(None)),
+                        Placed::Settled(Err(error)) => Some(Err(error)),
+                    }
                 }
-                Some((After::Move { .. }, _)) => {
-                    self.shared.next(key, tries, false, place).is_some()
+                Some((After::Move { .. }, error)) => {
+                    let placed = self.shared.next(key, &operation, tries, false, place);
+                    placed.map_or(Some(Err(error.clone())), |()| None)
                 }
-                Some((After::GiveUp, _)) => false,
+                Some((After::GiveUp, error)) => Some(Err(error.clone())),
             };
-            if !placed {
-                self.outcomes[index] = after.as_ref().map(|(_, error)| Err(error.clone()));
+            if settled.is_some() {
+                self.outcomes[index] = settled;
             }
         }
         let mut wait = None;
@@ -220,14 +226,17 @@ where
         {
             After::GiveUp
         } else {
-            let operation = Operation::GetMany {
-                keys: Arc::default(),
-            };
             let node = batch.attempt.node().clone();
-            self.shared
-                .after(&operation, &node, &error, &mut batch.tries)
+            self.shared.after(&reads(), &node, &error, &mut batch.tries)
         };
         self.send(failed, &batch.tries, Some((after, error)));
+    }
+}
+
+/// What each key of a multi-key read is, when it comes to where it goes.
+fn reads() -> Operation {
+    Operation::GetMany {
+        keys: Arc::default(),
     }
 }
 

@@ -5,7 +5,9 @@
 //! [`Shared::after`], whether to give up, to go to another node, or to wait for the same one.
 
 mod budget;
+mod hedge;
 mod many;
+mod place;
 pub(crate) mod ring;
 mod route;
 mod topology;
@@ -18,6 +20,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures::future::BoxFuture;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tower::Service;
 
@@ -33,7 +36,7 @@ use crate::executor::{Executor, Spawner, after};
 use crate::node::{Node, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Request};
 use crate::response::Response;
-use crate::telemetry;
+use crate::telemetry::Event;
 
 /// What becomes of requests whose node's circuit breaker is open, and of attempts that fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -58,6 +61,8 @@ pub struct ClusterSettings {
     pub(crate) failover_ttl: Duration,
     pub(crate) max_attempts: u32,
     pub(crate) retry_budget: RetryBudget,
+    pub(crate) max_ejection_percent: u32,
+    pub(crate) hedged_gets: bool,
 }
 
 impl Default for ClusterSettings {
@@ -68,6 +73,8 @@ impl Default for ClusterSettings {
             failover_ttl: Duration::from_secs(60),
             max_attempts: 3,
             retry_budget: RetryBudget::default(),
+            max_ejection_percent: 50,
+            hedged_gets: false,
         }
     }
 }
@@ -110,6 +117,25 @@ impl ClusterSettings {
         self
     }
 
+    /// With more than this share of the nodes out, rounded down, nothing is redistributed any more,
+    /// lest the others go the same way: requests for nodes that are out fail at once. 50 % by
+    /// default: 2 of 4 or 5, 1 of 2 or 3. A single node has nowhere to go to anyway.
+    #[must_use]
+    pub fn max_ejection_percent(mut self, percent: u32) -> Self {
+        self.max_ejection_percent = percent;
+        self
+    }
+
+    /// Whether a get that takes longer than 95 % of them is sent once more over another connection
+    /// of the same node, and the first answer taken; not by default. It spends the retry budget,
+    /// and needs at least two connections to a node. It helps where one of the server's threads, or
+    /// one connection, is slow.
+    #[must_use]
+    pub fn hedged_gets(mut self, hedged: bool) -> Self {
+        self.hedged_gets = hedged;
+        self
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         if self.max_attempts == 0 {
             return Err(Error::configuration("a request may make no attempt"));
@@ -131,6 +157,8 @@ struct Shared<S> {
     spawner: Spawner,
     factory: NodeFactory<S>,
     shut_down: AtomicBool,
+    /// Told whenever a node's state changes, or the nodes do.
+    changes: watch::Sender<()>,
 }
 
 /// A cluster of [`Node`]s: routing, failure modes and the retry budget.
@@ -187,11 +215,13 @@ impl<S> Cluster<S> {
     ) -> Result<Self> {
         settings.validate()?;
         topology::validate(&specs)?;
+        let changes = watch::Sender::new(());
         let members = specs
             .into_iter()
-            .map(|spec| Member {
-                node: factory(&spec),
-                spec,
+            .map(|spec| {
+                let node = factory(&spec);
+                node.report_to(&changes);
+                Member { node, spec }
             })
             .collect();
         Ok(Self {
@@ -202,6 +232,7 @@ impl<S> Cluster<S> {
                 spawner,
                 factory,
                 shut_down: AtomicBool::new(false),
+                changes,
             }),
         })
     }
@@ -226,14 +257,20 @@ impl<S> Cluster<S> {
                 let known = known.find(|known| {
                     known.spec.name == spec.name && known.spec.address == spec.address
                 });
+                let make = || {
+                    let node = (shared.factory)(spec);
+                    node.report_to(&shared.changes);
+                    node
+                };
                 Member {
-                    node: known.map_or_else(|| (shared.factory)(spec), |known| known.node.clone()),
+                    node: known.map_or_else(make, |known| known.node.clone()),
                     spec: spec.clone(),
                 }
             };
             Topology::new(&shared.settings.ring, specs.iter().map(member).collect())
         };
         shared.topology.rcu(|current| make(current, &specs));
+        shared.changes.send_replace(());
         Ok(())
     }
 
@@ -275,6 +312,7 @@ pub(crate) trait Control: Send + Sync {
     fn nodes(&self) -> Vec<NodeStatus>;
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()>;
     fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()>;
+    fn changes(&self) -> watch::Receiver<()>;
 }
 
 impl<S: Clone + Send + Sync> Control for Cluster<S> {
@@ -288,6 +326,10 @@ impl<S: Clone + Send + Sync> Control for Cluster<S> {
 
     fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()> {
         Box::pin(self.shutdown(drain))
+    }
+
+    fn changes(&self) -> watch::Receiver<()> {
+        self.shared.changes.subscribe()
     }
 }
 
@@ -307,7 +349,7 @@ where
     fn call(&mut self, request: Request) -> ClusterFuture<S> {
         if self.shared.shut_down.load(Ordering::Acquire) {
             let error = Error::new(ErrorKind::Shutdown, "the client is shut down");
-            return ClusterFuture::failed(error);
+            return ClusterFuture::settled(Err(error));
         }
         self.shared.budget.deposit();
         match request.operation() {
@@ -359,9 +401,11 @@ enum After {
     Repeat(Duration),
 }
 
-/// The first wait in [`FailureMode::Retry`], doubled each time.
+/// The first wait in [`FailureMode::Retry`] is up to this, doubled each time: full jitter, so that
+/// those who failed together do not come back together.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 impl<S> Shared<S> {
     /// Decides, once for every kind of request, what becomes of one whose attempt at `node`
@@ -403,7 +447,7 @@ impl<S> Shared<S> {
             if !self.pay(node) {
                 return After::GiveUp;
             }
-            telemetry::retried(node.name());
+            node.count(Event::Retry);
             return After::Repeat(Duration::ZERO);
         }
         match self.settings.failure_mode {
@@ -427,8 +471,8 @@ impl<S> Shared<S> {
                     .saturating_mul(1 << tries.waits.min(16))
                     .min(LONGEST_WAIT);
                 tries.waits += 1;
-                telemetry::retried(node.name());
-                After::Repeat(longest / 2 + (longest / 2).mul_f64(fastrand::f64()))
+                node.count(Event::Retry);
+                After::Repeat(longest.mul_f64(fastrand::f64()).max(SHORTEST_WAIT))
             }
         }
     }
@@ -436,7 +480,7 @@ impl<S> Shared<S> {
     fn pay(&self, node: &NodeShared) -> bool {
         let paid = self.budget.withdraw();
         if !paid {
-            telemetry::budget_exhausted(node.name());
+            node.count(Event::BudgetExhausted);
         }
         paid
     }

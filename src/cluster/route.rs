@@ -11,15 +11,15 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 use tower::Service;
 
+use super::hedge::Hedge;
 use super::many::{Every, Many};
-use super::{After, FailureMode, Shared, Tries};
+use super::place::Placed;
+use super::{After, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::after;
-use crate::key::Key;
 use crate::node::{Node, NodeFuture, Shared as NodeShared};
 use crate::request::{Origin, Request};
 use crate::response::Response;
-use crate::telemetry;
 
 pin_project! {
     /// The future of one request to a [`Cluster`](super::Cluster).
@@ -42,7 +42,7 @@ pin_project! {
         Single { #[pin] single: Single<S> },
         Many { many: Box<Many<S>> },
         Every { every: Box<Every<S>> },
-        Failed { error: Option<Error> },
+        Settled { outcome: Option<Result<Response>> },
     }
 }
 
@@ -50,24 +50,32 @@ impl<S> ClusterFuture<S>
 where
     S: Service<Request> + Clone,
 {
-    pub(super) fn failed(error: Error) -> Self {
-        let path = Path::Failed { error: Some(error) };
+    pub(super) fn settled(outcome: Result<Response>) -> Self {
+        let outcome = Some(outcome);
+        let path = Path::Settled { outcome };
         Self { path }
     }
 
     pub(super) fn single(shared: &Arc<Shared<S>>, request: Request) -> Self {
         let Some(key) = request.operation().key() else {
             let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
-            return Self::failed(error);
+            return Self::settled(Err(error));
         };
-        let first = shared.first(key, request.operation().is_movable(), |node, origin| {
+        let mut hedge = None;
+        let first = shared.first(key, request.operation(), |node, origin| {
+            hedge = Hedge::new(shared, node, &request);
             Attempt::new(node, shared.addressed(&request, origin))
         });
+        let attempt = match first {
+            Placed::At(attempt) => attempt,
+            Placed::Settled(outcome) => return Self::settled(outcome),
+        };
         let single = Single {
             shared: shared.clone(),
             request,
             tries: Tries::default(),
-            attempt: first,
+            attempt,
+            hedge,
         };
         Self {
             path: Path::Single { single },
@@ -101,8 +109,8 @@ where
             PathProjection::Single { single } => single.poll(cx),
             PathProjection::Many { many } => many.poll(cx).map(Ok),
             PathProjection::Every { every } => every.poll(cx).map(Ok),
-            PathProjection::Failed { error } => match error.take() {
-                Some(error) => Poll::Ready(Err(error)),
+            PathProjection::Settled { outcome } => match outcome.take() {
+                Some(outcome) => Poll::Ready(outcome),
                 None => panic!("polled after completion"),
             },
         }
@@ -116,56 +124,6 @@ impl<S: Service<Request>> fmt::Debug for ClusterFuture<S> {
 }
 
 impl<S> Shared<S> {
-    /// Hands the node that a new request for `key` goes to, and as whose request, to `start`.
-    pub(super) fn first<T>(
-        &self,
-        key: &Key,
-        movable: bool,
-        start: impl FnOnce(&Node<S>, Origin) -> T,
-    ) -> T {
-        let topology = self.topology.load();
-        let home = topology.home(key);
-        if !home.is_open() {
-            return start(home, Origin::Home);
-        }
-        // Nobody may ask it for a long time, so whether it is being probed is looked to here.
-        home.shared().ensure_probing();
-        if movable
-            && self.settings.failure_mode == FailureMode::Redistribute
-            && let Some(refuge) = topology.refuge(key, |_| true)
-        {
-            telemetry::failed_over(home.name());
-            return start(refuge, Origin::Moved);
-        }
-        // An open home refuses it at once; what then happens is a matter of the failure mode.
-        start(home, Origin::Home)
-    }
-
-    /// The same for a request that has failed at the nodes in `tries`; `None` if there is no
-    /// other node for it, or the budget does not pay for going there.
-    pub(super) fn next<T>(
-        &self,
-        key: &Key,
-        tries: &Tries,
-        paid: bool,
-        start: impl FnOnce(&Node<S>, Origin) -> T,
-    ) -> Option<T> {
-        let topology = self.topology.load();
-        let refuge = topology.refuge(key, |node| !tries.spent.contains(&node.shared().id()))?;
-        let home = topology.home(key);
-        if paid && !self.pay(home.shared()) {
-            return None;
-        }
-        // The topology may have changed, and the key's home with it.
-        let origin = if refuge.shared().id() == home.shared().id() {
-            Origin::Home
-        } else {
-            telemetry::failed_over(home.name());
-            Origin::Moved
-        };
-        Some(start(refuge, origin))
-    }
-
     /// The request as a node gets it: away from home, what it writes lives only so long.
     pub(super) fn addressed(&self, request: &Request, origin: Origin) -> Request {
         let mut request = request.clone().with_origin(origin);
@@ -246,6 +204,8 @@ pin_project! {
         tries: Tries,
         #[pin]
         attempt: Attempt<S>,
+        // A second attempt beside the first.
+        hedge: Option<Pin<Box<Hedge<S>>>>,
     }
 }
 
@@ -260,10 +220,23 @@ where
         let mut this = self.project();
         let (shared, request) = (&*this.shared, &*this.request);
         loop {
-            let error = match ready!(this.attempt.as_mut().poll(cx)) {
-                Ok(response) => return Poll::Ready(Ok(response)),
-                Err(error) => error,
+            let error = match this.attempt.as_mut().poll(cx) {
+                Poll::Ready(Ok(response)) => return Poll::Ready(Ok(response)),
+                Poll::Ready(Err(error)) => error,
+                Poll::Pending => {
+                    let hedge = this.hedge.as_mut();
+                    let ahead = hedge.map(|hedge| hedge.as_mut().poll(cx));
+                    return match ahead {
+                        Some(Poll::Ready(Some(response))) => Poll::Ready(Ok(response)),
+                        Some(Poll::Ready(None)) => {
+                            *this.hedge = None;
+                            Poll::Pending
+                        }
+                        Some(Poll::Pending) | None => Poll::Pending,
+                    };
+                }
             };
+            *this.hedge = None;
             let failed_at = this.attempt.node().clone();
             let deadline = request.deadline();
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
@@ -275,9 +248,11 @@ where
             };
             let next = match shared.after(operation, &failed_at, &error, this.tries) {
                 After::GiveUp => None,
-                After::Move { paid } => shared.next(key, this.tries, paid, |node, origin| {
-                    Attempt::new(node, shared.addressed(request, origin))
-                }),
+                After::Move { paid } => {
+                    shared.next(key, operation, this.tries, paid, |node, origin| {
+                        Attempt::new(node, shared.addressed(request, origin))
+                    })
+                }
                 After::Repeat(delay) => {
                     let due = shared.wake_at(delay, deadline);
                     let wait = match shared.spawner.sleep_until(due) {
@@ -287,7 +262,14 @@ where
                     let again = |node: &Node<S>, origin| {
                         Attempt::after(wait, node, shared.addressed(request, origin))
                     };
-                    Some(shared.first(key, operation.is_movable(), again))
+                    match shared.first(key, operation, again) {
+                        Placed::At(attempt) => Some(attempt),
+                        Placed::Settled(outcome) => {
+                            let sent = this.tries.sent;
+                            let outcome = outcome.map_err(|error| error.after_attempts(sent));
+                            return Poll::Ready(outcome);
+                        }
+                    }
                 }
             };
             match next {

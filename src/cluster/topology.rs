@@ -130,16 +130,17 @@ impl<S> Topology<S> {
         &self.members[self.continuum.primary(key.as_bytes())].node
     }
 
-    /// Where the key goes when its home is out: the next node on the ring that is not, and fits. `None` when too many nodes are open: the others must not be loaded with
-    /// the keys of all of them.
-    pub(super) fn refuge(&self, key: &Key, fits: impl Fn(&Node<S>) -> bool) -> Option<&Node<S>> {
+    /// The nodes that a key goes to, one after the other: its home, and then wherever the ring goes
+    /// on to when that is out.
+    pub(super) fn sequence<'a>(&'a self, key: &'a Key) -> impl Iterator<Item = &'a Node<S>> {
+        let indexes = self.continuum.sequence(key.as_bytes());
+        indexes.map(|index| &self.members[index].node)
+    }
+
+    /// Whether more nodes are out than others may stand in for.
+    pub(super) fn too_many_open(&self, max_ejection_percent: u32) -> bool {
         let open = self.members.iter().filter(|member| member.node.is_open());
-        if open.count() > self.members.len() / 2 {
-            return None;
-        }
-        self.continuum
-            .sequence(key.as_bytes())
-            .map(|index| &self.members[index].node)
-            .find(|node| !node.is_open() && fits(node))
+        let allowed = self.members.len() as u64 * u64::from(max_ejection_percent) / 100;
+        open.count() as u64 > allowed
     }
 }

@@ -1,107 +1,62 @@
 //! One node: what stands between routing and a transport.
 //!
 //! Read from top to bottom, a request to a node meets
-//! 1. the circuit [`breaker`]: while it is open the request fails at once, unsent;
+//! 1. the circuit breaker's [`gate`]: while it is shut the request fails at once, unsent;
 //! 2. the in-flight limit;
 //! 3. the attempt's time-out, where the service below has none of its own;
 //! 4. the service below: the user's node layers around the transport.
 //!
-//! Its outcome is told to the breaker. The transport reports by itself what only it sees
-//! ([`Shared::observe`]): refused connects and connections that do not answer. While the breaker
-//! is open a [`probe`] runs, and nothing else closes it.
+//! What its outcome says of the node is the [`classifier`]'s to decide, when that is too much the
+//! [`policy`]'s, and what happens then the gate's. The transport tells by itself what only it sees
+//! ([`shared`]): refused connects, connections that do not answer, answers that are slow.
+//!
+//! The [`keeper`] is the node's one task: it [`probe`]s, readmits, and deletes what the
+//! [`journal`] names.
 
-mod breaker;
+mod classifier;
+mod gate;
+mod journal;
+mod keeper;
+mod latency;
+mod policy;
 mod probe;
+mod settings;
+mod shared;
 
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::SystemTime;
 
 use pin_project_lite::pin_project;
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
 use tower::{Layer, Service};
 
-use breaker::Breaker;
-pub use breaker::BreakerState;
-use probe::Probe;
+pub(crate) use gate::Admission;
+pub use gate::BreakerState;
+use journal::Hold;
+pub(crate) use journal::Reason;
+use policy::Policy;
 pub use probe::ProbeSettings;
+pub use settings::{BreakerSettings, JournalOverflow, JournalSettings, NodeSettings};
+pub(crate) use shared::Shared;
+use shared::{Makings, Watch, asker};
 
 use crate::error::{BoxError, Charge, Error, ErrorKind, Result, Sent};
-use crate::executor::{Executor, LATE, Spawner, after};
-use crate::request::{Origin, Request};
+use crate::executor::{Executor, LATE, after};
+use crate::key::Key;
+use crate::request::{Operation, Request};
 use crate::response::Response;
-use crate::telemetry;
-use crate::transport::{ConnectFailure, Event, Parts, Pipelined};
+use crate::transport::{Parts, Pipelined};
 
-/// The settings of a [`Node`].
-#[derive(Clone, Debug)]
-pub struct NodeSettings {
-    pub(crate) attempt_timeout: Duration,
-    pub(crate) consecutive_timeouts: u32,
-    pub(crate) max_in_flight: usize,
-    pub(crate) probe: ProbeSettings,
-}
-
-impl Default for NodeSettings {
-    fn default() -> Self {
-        Self {
-            attempt_timeout: Duration::from_millis(30),
-            consecutive_timeouts: 3,
-            max_in_flight: 16_384,
-            probe: ProbeSettings::default(),
-        }
-    }
-}
-
-impl NodeSettings {
-    /// How long one attempt may take; 30 ms by default. Not enforced a second time around a
-    /// [`Pipelined`] transport, which does it itself with one timer per connection.
-    #[must_use]
-    pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
-        self.attempt_timeout = timeout;
-        self
-    }
-
-    /// How many time-outs in a row open the breaker; 3 by default. Their requests must have been
-    /// sent over at least an attempt timeout, since a burst that times out together is one event.
-    #[must_use]
-    pub fn consecutive_timeouts(mut self, timeouts: u32) -> Self {
-        self.consecutive_timeouts = timeouts;
-        self
-    }
-
-    /// How many requests the node may have at once; 16,384 by default. Requests moved here from
-    /// another node may use half of it.
-    #[must_use]
-    pub fn max_in_flight(mut self, requests: usize) -> Self {
-        self.max_in_flight = requests;
-        self
-    }
-
-    /// How the node is tested while its breaker is open.
-    #[must_use]
-    pub fn probe(mut self, probe: ProbeSettings) -> Self {
-        self.probe = probe;
-        self
-    }
-
-    pub(crate) fn validate(&self) -> Result<()> {
-        if self.attempt_timeout.is_zero() {
-            return Err(Error::configuration("the attempt timeout is zero"));
-        }
-        if self.consecutive_timeouts == 0 {
-            return Err(Error::configuration("zero time-outs open the breaker"));
-        }
-        if self.max_in_flight == 0 {
-            return Err(Error::configuration("no request may be in flight"));
-        }
-        self.probe.validate()
-    }
+/// What [`gate`] synchronises with.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU8, Ordering};
+    pub(super) use std::sync::{Mutex, MutexGuard};
 }
 
 /// What a client believes about one of its nodes: an entry of [`Client::nodes`](crate::Client::nodes).
@@ -112,177 +67,93 @@ pub struct NodeStatus {
     pub node: Arc<str>,
     /// Its circuit breaker.
     pub state: BreakerState,
-    /// Why the breaker opened, or the last probe failed; `None` if it never did.
+    /// Since when it is in this state.
+    pub since: SystemTime,
+    /// What the breaker opened for the last time, or why the node is still out; `None` if it never
+    /// opened.
+    pub cause: Option<EjectionCause>,
+    /// The same in detail.
     pub last_cause: Option<Error>,
     /// Requests at it now.
     pub in_flight: usize,
     /// Connections to it that are up.
     pub connections: usize,
+    /// Keys of which it may hold something older than what this client has written since. They are
+    /// deleted there as soon as it answers, and what it has for them is not used until then.
+    pub journal: usize,
 }
 
-/// What all handles of one node share.
-pub(crate) struct Shared {
-    id: u64,
-    name: Arc<str>,
-    settings: NodeSettings,
-    breaker: Breaker,
-    in_flight: AtomicUsize,
-    probe: Probe,
-    /// How long a probe may take unless it is set.
-    probe_within: Duration,
-    probing: AtomicBool,
-    /// Anything sent, or its end, ends the probing task.
-    in_use: watch::Sender<()>,
-    /// The client is shut down.
-    closed: AtomicBool,
-    spawner: Spawner,
-    /// Where it is known: it judges its connections itself.
-    transport: Option<Pipelined>,
-    /// Whether attempts must be timed here, for what is below may wait without end.
-    times_attempts: bool,
+/// What a node's circuit breaker opens for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum EjectionCause {
+    /// A connect was refused: nothing listens there.
+    Refused,
+    /// No connection could be made that answers.
+    ConnectFailed,
+    /// Most of its connections did not answer, nor did those made in their place.
+    Unresponsive,
+    /// Time-outs in a row.
+    Timeouts,
+    /// Too large a share of its requests failed.
+    FailureRate,
+    /// Too large a share of its requests was slow.
+    SlowCalls,
+    /// Readiness probes failed.
+    Probe,
+    /// A request failed while the node was taking its keys back.
+    Ramp,
+    /// More keys would have to be remembered than its journal holds.
+    Journal,
 }
 
-impl Shared {
-    /// Tells it from every other node of this process.
-    pub(crate) fn id(&self) -> u64 {
-        self.id
-    }
-
-    pub(crate) fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
-    pub(crate) fn is_open(&self) -> bool {
-        self.breaker.is_open()
-    }
-
-    fn open(self: &Arc<Self>, cause: &Error) {
-        if self.breaker.open(cause) {
-            self.opened(cause);
+impl EjectionCause {
+    /// A short lower-case name, for metrics and logs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::ConnectFailed => "connect_failed",
+            Self::Unresponsive => "unresponsive",
+            Self::Timeouts => "timeouts",
+            Self::FailureRate => "failure_rate",
+            Self::SlowCalls => "slow_calls",
+            Self::Probe => "probe",
+            Self::Ramp => "ramp",
+            Self::Journal => "journal",
         }
     }
 
-    fn opened(self: &Arc<Self>, cause: &Error) {
-        telemetry::breaker_opened(&self.name, cause);
-        self.ensure_probing();
-    }
-
-    /// One owner, started again should it ever die.
-    pub(crate) fn ensure_probing(self: &Arc<Self>) {
-        if self.closed.load(Ordering::Acquire) {
-            return;
-        }
-        if !self.probing.swap(true, Ordering::AcqRel) && probe::spawn(self).is_err() {
-            // No runtime here; the next request may come from inside one.
-            self.probing_ended();
+    fn of_lost(kind: ErrorKind) -> Self {
+        match kind {
+            ErrorKind::ConnectionFailed => Self::ConnectFailed,
+            _ => Self::Unresponsive,
         }
     }
+}
 
-    fn probing_ended(&self) {
-        self.probing.store(false, Ordering::Release);
-    }
+/// What is remembered of a request while it is under way.
+#[derive(Debug)]
+struct Asked {
+    /// [`Operation::ordinal`].
+    operation: usize,
+    /// The key, if an older value of it must not be read after this.
+    written: Option<Key>,
+    /// Whether it does the same whatever is there.
+    blind: bool,
+    flush: bool,
+    hold: Option<Hold>,
+}
 
-    /// True if that closed the breaker.
-    fn probe_succeeded(&self) -> bool {
-        if !self.breaker.probe_succeeded() {
-            return false;
+impl Asked {
+    fn new(operation: &Operation) -> Self {
+        Self {
+            operation: operation.ordinal(),
+            written: operation.written().cloned(),
+            blind: operation.is_blind(),
+            flush: matches!(operation, Operation::FlushAll),
+            hold: None,
         }
-        if let Some(transport) = &self.transport {
-            transport.end_backoff();
-        }
-        telemetry::breaker_closed(&self.name);
-        true
-    }
-
-    /// What the transport says of its connections.
-    fn observe(self: &Arc<Self>, event: &Event<'_>) {
-        match event {
-            Event::Connected => {}
-            Event::ConnectFailed {
-                failure,
-                error,
-                others_up,
-            } => match failure {
-                // While other connections answer, a dial that fails does not condemn the node.
-                ConnectFailure::Refused | ConnectFailure::TimedOut | ConnectFailure::Other
-                    if *others_up == 0 =>
-                {
-                    self.open(error);
-                }
-                _ => {}
-            },
-            // Once is the connection's fault: memcached gives each to one of its threads, and
-            // one can hang alone. Twice in a row is the node's.
-            Event::Unresponsive { error, again } => {
-                if *again {
-                    self.open(error);
-                }
-            }
-        }
-    }
-
-    /// Tells the breaker what came of a request.
-    fn record(self: &Arc<Self>, outcome: &Result<Response>, started: Option<Instant>) {
-        let failure = match outcome {
-            Ok(response) => response.partial_failure(),
-            Err(error) => Some(error),
-        };
-        let Some(error) = failure else {
-            self.breaker.succeeded();
-            return;
-        };
-        // Our transport reports these by itself; whatever else is below cannot.
-        let lost = matches!(
-            error.kind(),
-            ErrorKind::ConnectionFailed | ErrorKind::Unresponsive
-        );
-        if self.transport.is_none() && lost && error.charge() == Charge::Node {
-            self.open(error);
-            return;
-        }
-        // It has judged its own time-outs as well, connection by connection.
-        if let Some(started) = started
-            && error.is_timeout()
-            && error.charge() == Charge::Node
-            && self.breaker.timed_out(started, error)
-        {
-            self.opened(error);
-        }
-    }
-
-    fn unavailable(&self) -> Error {
-        let message = match self.breaker.last_cause() {
-            Some(cause) => format!("its circuit breaker is open, since: {cause}"),
-            None => String::from("its circuit breaker is open"),
-        };
-        Error::new(ErrorKind::NodeUnavailable, message).at_node(&self.name)
-    }
-
-    /// Takes a place among the requests in flight, to be given back with [`Self::leave`].
-    fn enter(self: &Arc<Self>, origin: Origin) -> Result<()> {
-        if self.is_open() {
-            self.ensure_probing();
-            return Err(self.unavailable());
-        }
-        let limit = match origin {
-            Origin::Home => self.settings.max_in_flight,
-            Origin::Moved => (self.settings.max_in_flight / 2).max(1),
-        };
-        let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
-        if before >= limit {
-            self.leave();
-            let error = Error::new(ErrorKind::Overloaded, "its in-flight limit is reached");
-            return Err(error.at_node(&self.name));
-        }
-        Ok(())
-    }
-
-    fn leave(&self) {
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    fn times_attempts(&self) -> bool {
-        self.times_attempts || self.transport.is_none()
     }
 }
 
@@ -337,23 +208,25 @@ impl<S> Node<S> {
         S::Future: Send,
     {
         settings.validate()?;
-        let probed = service.clone();
-        let key = probe::canary_key();
-        let probe = probe::boxed(move || probe::canary(probed.clone(), key.clone()));
         let spawner = executor.start()?;
-        let parts = SharedParts {
+        let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
+        let probed = service.clone();
+        let shared = Arc::new(Shared::new(Makings {
             name: name.into(),
+            policy: Arc::new(policy),
             settings,
-            probe,
+            asker: asker(service.clone()),
+            fresh: Box::new(move || asker(probed.clone())),
             spawner,
+            transport: None,
             times_attempts: true,
-        };
-        let shared = Arc::new(parts.into_shared(None));
-        Ok(Self { shared, service })
+        }));
+        Ok(Self::kept(shared, service))
     }
 
     /// A node over the pipelined transport, with the user's layers between. The transport's own
-    /// connections report to the breaker; probes use a connection of their own.
+    /// connections report to the breaker; a node that is out is probed over a connection of its
+    /// own.
     pub(crate) fn over_transport<L>(
         parts: Parts,
         settings: NodeSettings,
@@ -363,45 +236,50 @@ impl<S> Node<S> {
     where
         L: Layer<Pipelined, Service = S>,
     {
-        let mut service = None;
+        let mut fresh = parts.clone();
+        let needed = probe::CANARY_SIZE * 2;
+        fresh.settings = fresh.settings.connections(1);
+        let limits = &mut fresh.settings.limits;
+        limits.value = limits.value.max(needed);
+        limits.queued_bytes = limits.queued_bytes.max(needed);
+
+        let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
+        let policy = Arc::new(policy);
+        let (name, spawner) = (parts.name.clone(), parts.spawner.clone());
+        let mut transport = None;
         let shared = Arc::new_cyclic(|weak: &Weak<Shared>| {
-            let mut fresh = parts.clone();
-            let needed = probe::CANARY_SIZE * 2;
-            fresh.settings = fresh.settings.connections(1);
-            let limits = &mut fresh.settings.limits;
-            limits.value = limits.value.max(needed);
-            limits.queued_bytes = limits.queued_bytes.max(needed);
-            let key = probe::canary_key();
-            let probe = probe::boxed(move || {
-                let transport = Pipelined::from_parts(fresh.clone());
-                probe::canary(transport, key.clone())
-            });
-            let node = weak.clone();
-            let observer = move |event: Event<'_>| {
-                if let Some(shared) = node.upgrade() {
-                    shared.observe(&event);
-                }
+            let watch = Watch {
+                node: weak.clone(),
+                policy: policy.clone(),
             };
-            let name = parts.name.clone();
-            let spawner = parts.spawner.clone();
-            let transport = Pipelined::from_parts(Parts {
-                observer: Some(Arc::new(observer)),
+            let made = Pipelined::from_parts(Parts {
+                observer: Some(Arc::new(watch)),
                 ..parts
             });
-            service = Some(layer.layer(transport.clone()));
-            let shared = SharedParts {
+            transport = Some(made.clone());
+            Shared::new(Makings {
                 name,
+                policy,
                 settings,
-                probe,
+                asker: asker(made.clone()),
+                fresh: Box::new(move || asker(Pipelined::from_parts(fresh.clone()))),
                 spawner,
+                transport: Some(made),
                 times_attempts,
-            };
-            shared.into_shared(Some(transport))
+            })
         });
-        match service {
-            Some(service) => Self { shared, service },
+        match transport {
+            Some(transport) => Self::kept(shared, layer.layer(transport)),
             None => unreachable!("set while the shared part was made"),
         }
+    }
+
+    /// Its keeper starts with it, unless the runtime is still to be found.
+    fn kept(shared: Arc<Shared>, service: S) -> Self {
+        if shared.spawner.knows_its_runtime() {
+            shared.ensure_kept();
+        }
+        Self { shared, service }
     }
 
     /// Its name in the configuration.
@@ -419,17 +297,7 @@ impl<S> Node<S> {
     /// What is believed of it.
     #[must_use]
     pub fn status(&self) -> NodeStatus {
-        let shared = &self.shared;
-        NodeStatus {
-            node: shared.name.clone(),
-            state: shared.breaker.state(),
-            last_cause: shared.breaker.last_cause(),
-            in_flight: self.in_flight(),
-            connections: shared
-                .transport
-                .as_ref()
-                .map_or(0, Pipelined::connections_up),
-        }
+        self.shared.status()
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -441,58 +309,12 @@ impl<S> Node<S> {
     }
 
     pub(crate) fn close(&self) {
-        self.shared.closed.store(true, Ordering::Release);
-        self.shared.in_use.send_replace(());
-        if let Some(transport) = &self.shared.transport {
-            transport.close();
-        }
+        self.shared.close();
     }
-}
 
-struct SharedParts {
-    name: Arc<str>,
-    settings: NodeSettings,
-    probe: Probe,
-    spawner: Spawner,
-    times_attempts: bool,
-}
-
-impl SharedParts {
-    fn into_shared(self, transport: Option<Pipelined>) -> Shared {
-        let Self {
-            name,
-            settings,
-            probe,
-            spawner,
-            times_attempts,
-        } = self;
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        Shared {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            breaker: Breaker::new(
-                settings.consecutive_timeouts,
-                settings.attempt_timeout,
-                settings.probe.success_threshold,
-            ),
-            // One attempt each to write and to read; without a transport that says how long
-            // connecting may take, as long again for that.
-            probe_within: transport
-                .as_ref()
-                .map_or(settings.attempt_timeout.saturating_mul(2), |transport| {
-                    transport.connect_within()
-                })
-                .saturating_add(settings.attempt_timeout.saturating_mul(2)),
-            name,
-            settings,
-            in_flight: AtomicUsize::new(0),
-            probe,
-            probing: AtomicBool::new(false),
-            in_use: watch::Sender::new(()),
-            closed: AtomicBool::new(false),
-            spawner,
-            transport,
-            times_attempts,
-        }
+    /// Tells `changes` whenever its state changes.
+    pub(crate) fn report_to(&self, changes: &watch::Sender<()>) {
+        self.shared.report_to(changes);
     }
 }
 
@@ -524,10 +346,9 @@ pin_project! {
         shared: Arc<Shared>,
         #[pin]
         step: Step<S>,
-        // Whether it holds a place among the requests in flight.
-        entered: bool,
-        // When it was, if attempts are timed here.
-        started: Option<Instant>,
+        asked: Asked,
+        // Since when it holds a place among the requests in flight.
+        entered: Option<Instant>,
         deadline: Option<Instant>,
         #[pin]
         timer: Option<Sleep>,
@@ -539,8 +360,9 @@ pin_project! {
     {
         fn drop(this: Pin<&mut Self>) {
             let this = this.project();
-            if *this.entered {
+            if let Some(entered) = this.entered.take() {
                 this.shared.leave();
+                this.shared.learn(this.asked, None, entered);
             }
         }
     }
@@ -564,12 +386,12 @@ impl<S: Service<Request> + Clone> NodeFuture<S> {
         Self {
             shared: node.shared.clone(),
             deadline: request.deadline(),
+            asked: Asked::new(request.operation()),
             step: Step::Waiting {
                 service: node.service.clone(),
                 request,
             },
-            entered: false,
-            started: None,
+            entered: None,
             timer: None,
         }
     }
@@ -591,20 +413,21 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let mut this = self.project();
         let shared = &*this.shared;
+        let foreign = |error: S::Error| Error::from_boxed(error.into());
         let mut waited = false;
         let polled = loop {
             match this.step.as_mut().project() {
                 StepProjection::Waiting { service, request } => {
-                    if !*this.entered {
-                        shared.enter(request.origin())?;
-                        *this.entered = true;
-                        if shared.times_attempts() {
-                            *this.started = Some(Instant::now());
+                    if this.entered.is_none() {
+                        if let Err(error) = shared.enter(request.origin(), this.asked) {
+                            shared.refused(this.asked, &error);
+                            return Poll::Ready(Err(error));
                         }
+                        *this.entered = Some(Instant::now());
                     }
                     match service.poll_ready(cx) {
                         Poll::Ready(Ok(())) => {}
-                        Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+                        Poll::Ready(Err(error)) => break Poll::Ready(Err(foreign(error))),
                         Poll::Pending => {
                             waited = true;
                             break Poll::Pending;
@@ -612,7 +435,7 @@ where
                     }
                     // It may have opened while the request waited.
                     if shared.is_open() {
-                        return Poll::Ready(Err(shared.unavailable()));
+                        break Poll::Ready(Err(shared.unavailable()));
                     }
                     let StepReplacement::Waiting {
                         mut service,
@@ -624,16 +447,17 @@ where
                     let future = service.call(request);
                     this.step.set(Step::Called { future });
                 }
-                StepProjection::Called { future } => break future.poll(cx),
+                StepProjection::Called { future } => break future.poll(cx).map_err(foreign),
                 StepProjection::Done => panic!("polled after completion"),
             }
         };
-        let outcome = match (polled, *this.started) {
-            (Poll::Ready(outcome), _) => {
-                outcome.map_err(|error| Error::from_boxed(error.into()).at_node(&shared.name))
-            }
-            (Poll::Pending, None) => return Poll::Pending,
-            (Poll::Pending, Some(started)) => {
+        let Some(started) = *this.entered else {
+            unreachable!("nothing is waited for before it has entered");
+        };
+        let outcome = match polled {
+            Poll::Ready(outcome) => outcome.map_err(|error| error.at_node(&shared.name)),
+            Poll::Pending if !shared.times_attempts => return Poll::Pending,
+            Poll::Pending => {
                 let attempt_ends = after(started, shared.settings.attempt_timeout);
                 let due = this
                     .deadline
@@ -652,11 +476,11 @@ where
                 Err(error.at_node(&shared.name))
             }
         };
-        shared.record(&outcome, *this.started);
+        *this.entered = None;
+        shared.leave();
+        shared.learn(this.asked, Some(&outcome), started);
         // Ends what is below at once, should it still run.
         this.step.set(Step::Done);
-        *this.entered = false;
-        shared.leave();
         Poll::Ready(outcome)
     }
 }
@@ -665,10 +489,10 @@ where
 /// fault.
 fn overdue(due: Instant, full: bool) -> Error {
     let late = due.elapsed() > LATE;
-    let charge = if late || !full {
-        Charge::Nobody
-    } else {
-        Charge::Node
+    let charge = match (late, full) {
+        (true, _) => Charge::OurLateness,
+        (false, false) => Charge::Nobody,
+        (false, true) => Charge::Node,
     };
     Error::new(ErrorKind::Timeout, "the attempt's time ran out")
         .with_sent(Sent::Maybe)

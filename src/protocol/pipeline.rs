@@ -24,6 +24,7 @@ use super::reply::{Code, Failure, Header, Reply};
 use super::{Limits, Violation, encode, reply};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::executor::after;
+use crate::key::Key;
 use crate::request::Operation;
 use crate::response::{CasOutcome, Response};
 use crate::value::{CasToken, Value};
@@ -135,6 +136,8 @@ pub(crate) struct Pipeline<W> {
     /// Requests in order: the first `in_flight` of them are taken, the rest queued.
     requests: VecDeque<Entry>,
     in_flight: usize,
+    /// How many of those in flight, from the oldest on, are known to be slow.
+    slow: usize,
     /// The bytes of the queued ones.
     heads: BytesMut,
     /// Large values among the queued ones, in bytes.
@@ -155,6 +158,15 @@ pub(crate) struct Pipeline<W> {
     written: u64,
     /// Nobody is to be released, and nothing judged, before this.
     earliest_deadline: Option<Instant>,
+}
+
+/// What a reply was matched to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Match {
+    /// A request whose time has not run out.
+    pub(crate) timely: bool,
+    /// It is its only, or its last reply.
+    pub(crate) last: bool,
 }
 
 #[derive(Debug)]
@@ -181,6 +193,8 @@ struct Entry {
     /// Whether that is still to be judged. A caller who left of its own accord does not want it
     /// judged; one who left because of its deadline does.
     watched: bool,
+    /// The key of a write whose caller left while it was in flight.
+    left: Option<Box<Key>>,
     opaque: u32,
     expect: Expect,
     /// Its bytes in `heads` while queued.
@@ -276,6 +290,7 @@ impl<W> Pipeline<W> {
             claims: Slab::new(),
             requests: VecDeque::new(),
             in_flight: 0,
+            slow: 0,
             heads: BytesMut::new(),
             queued_bodies: 0,
             dead: 0,
@@ -303,6 +318,11 @@ impl<W> Pipeline<W> {
     /// The number of the connection it sends over, or of the last one.
     pub(crate) fn connection(&self) -> u32 {
         self.connection
+    }
+
+    /// How many requests are queued or in flight.
+    pub(crate) fn len(&self) -> usize {
+        self.requests.len()
     }
 
     pub(crate) fn has_queued(&self) -> bool {
@@ -365,6 +385,7 @@ impl<W> Pipeline<W> {
             deadline,
             judge_at,
             watched: true,
+            left: None,
             opaque,
             expect,
             head: self.heads.len() - before,
@@ -398,13 +419,30 @@ impl<W> Pipeline<W> {
     }
 
     /// The caller is gone. A queued request will not be written; one in flight keeps its place.
-    /// Hands out its waiter, whose drop may run anything.
-    pub(crate) fn abandon(&mut self, ticket: Ticket) -> Option<W> {
+    /// `written` is the key of a request whose doubt matters: it comes back, now with the error that
+    /// it has ended with or later from [`close`](Self::close), if nobody will ever know whether it
+    /// was executed. Hands out the
+    /// waiter, whose drop may run anything.
+    pub(crate) fn abandon(
+        &mut self,
+        ticket: Ticket,
+        written: Option<Key>,
+    ) -> (Option<W>, Option<(Key, Error)>) {
+        if let Claim::Settled(_) = &self.claims[ticket.0] {
+            return match (written, self.claims.remove(ticket.0)) {
+                (Some(key), Claim::Settled(Err(error))) if error.sent() == Sent::Maybe => {
+                    (None, Some((key, error)))
+                }
+                _ => (None, None),
+            };
+        }
         let (waiter, index) = self.release(&ticket);
         if let Some(index) = index {
-            self.requests[index].leave(false);
+            let entry = &mut self.requests[index];
+            entry.leave(false);
+            entry.left = written.map(Box::new);
         }
-        waiter
+        (waiter, None)
     }
 
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome
@@ -555,12 +593,35 @@ impl<W> Pipeline<W> {
         self.heads = alive;
     }
 
+    /// Those in flight that have waited for `slow_after` by `now` and were not known to: how many,
+    /// and when the first of them was sent.
+    pub(crate) fn newly_slow(
+        &mut self,
+        now: Instant,
+        slow_after: Duration,
+    ) -> Option<(u32, Instant)> {
+        let mut first = None;
+        let mut count = 0;
+        while let Some(sent_at) = self.oldest_not_slow().filter(|&at| at + slow_after <= now) {
+            first.get_or_insert(sent_at);
+            count += 1;
+            self.slow += 1;
+        }
+        first.map(|first| (count, first))
+    }
+
+    /// When the oldest request in flight that is not known to be slow was sent.
+    pub(crate) fn oldest_not_slow(&self) -> Option<Instant> {
+        let mut flying = self.requests.range(..self.in_flight);
+        flying.nth(self.slow).and_then(|entry| entry.sent_at)
+    }
+
     /// Matches a reply to the oldest request in flight, and hands out its waiter if that settles
-    /// it. Says whether it is the answer to a request whose time has not run out.
+    /// it.
     ///
     /// # Errors
     /// After a [`Violation`] the connection must be [closed](Self::close).
-    pub(crate) fn reply(&mut self, reply: Reply, woken: &mut Vec<W>) -> Result<bool, Violation> {
+    pub(crate) fn reply(&mut self, reply: Reply, woken: &mut Vec<W>) -> Result<Match, Violation> {
         let Some(entry) = self.requests.front_mut().filter(|_| self.in_flight > 0) else {
             return Err(Violation::Unsolicited(reply.name()));
         };
@@ -570,7 +631,13 @@ impl<W> Pipeline<W> {
             unique: 0,
         };
         let (outcome, violation) = match answer(entry, reply, self.opaque_on_miss, token)? {
-            Answer::More => return Ok(entry.watched),
+            Answer::More => {
+                let timely = entry.watched;
+                return Ok(Match {
+                    timely,
+                    last: false,
+                });
+            }
             Answer::Final(outcome) => (outcome, None),
             Answer::Fatal(outcome, violation) => (outcome, Some(violation)),
         };
@@ -580,7 +647,8 @@ impl<W> Pipeline<W> {
         let timely = entry.watched;
         self.requests.pop_front();
         self.in_flight -= 1;
-        violation.map_or(Ok(timely), Err)
+        self.slow = self.slow.saturating_sub(1);
+        violation.map_or(Ok(Match { timely, last: true }), Err)
     }
 
     /// Settles every request whose caller's deadline is not after `now`, as a time-out, and judges
@@ -600,11 +668,13 @@ impl<W> Pipeline<W> {
             let mut charge_this = Charge::Nobody;
             if entry.watched && entry.judge_at <= now {
                 entry.watched = false;
-                if let (Some(sent_at), Charge::Node) = (entry.sent_at, charge)
+                if let Some(sent_at) = entry.sent_at
                     && entry.start < written
                 {
-                    charge_this = Charge::Node;
-                    charged(sent_at);
+                    charge_this = charge;
+                    if charge == Charge::Node {
+                        charged(sent_at);
+                    }
                 }
             }
             if entry.deadline <= now
@@ -623,8 +693,11 @@ impl<W> Pipeline<W> {
     }
 
     /// The connection has ended, and nothing will be written to it any more: everything in flight
-    /// ends with `error`, which is given whether it may have been executed. What is queued stays for the next connection.
-    pub(crate) fn close(&mut self, error: &Error, woken: &mut Vec<W>) {
+    /// ends with `error`, which is given whether it may have been executed. What is queued stays
+    /// for the next connection. Returns the keys of writes that may have been executed and whose
+    /// callers have left.
+    pub(crate) fn close(&mut self, error: &Error, woken: &mut Vec<W>) -> Vec<Key> {
+        let mut doubtful = Vec::new();
         for _ in 0..self.in_flight {
             let Some(mut entry) = self.requests.pop_front() else {
                 break;
@@ -635,14 +708,19 @@ impl<W> Pipeline<W> {
             } else {
                 Sent::No
             };
+            if sent == Sent::Maybe {
+                doubtful.extend(entry.left.take().map(|key| *key));
+            }
             if let Some(claim) = entry.claim {
                 let outcome = interrupted(&mut entry, error.clone().with_sent(sent));
                 woken.extend(settle(&mut self.claims, claim, outcome));
             }
         }
         self.in_flight = 0;
+        self.slow = 0;
         self.taken = 0;
         self.written = 0;
+        doubtful
     }
 
     /// Ends everything queued with `error`; nothing of it was sent.

@@ -9,5 +9,5 @@ mod pipelined;
 
 pub use address::Address;
 pub use connector::{BoxStream, ByteStream, Connecting, Connector, SystemConnector};
-pub(crate) use pipelined::{ConnectFailure, Event, Parts};
+pub(crate) use pipelined::{ConnectFailure, Event, Observer, Parts};
 pub use pipelined::{Pipelined, PipelinedFuture, PipelinedSettings};

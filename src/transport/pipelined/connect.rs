@@ -28,6 +28,13 @@ pub(crate) enum ConnectFailure {
     Ours,
 }
 
+impl ConnectFailure {
+    /// Whether it says something about the node.
+    pub(crate) fn is_the_nodes(self) -> bool {
+        matches!(self, Self::Refused | Self::TimedOut | Self::Other)
+    }
+}
+
 pub(super) struct Connected {
     pub(super) stream: BoxStream,
     pub(super) version: ServerVersion,

@@ -12,9 +12,9 @@ use bytes::BytesMut;
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::Event;
 use super::connect::{ConnectFailure, Connected, connect};
 use super::slot::{Node, Phase, Slot};
-use super::{Event, PipelinedSettings};
 use crate::error::{Charge, Error, ErrorKind};
 use crate::executor::{LATE, after};
 use crate::protocol::{Batch, Parser, Reply, Violation};
@@ -50,6 +50,8 @@ enum End {
     Violated(Violation),
     /// It does not answer.
     Unresponsive(Error),
+    /// The node is out.
+    Drained(Error),
 }
 
 /// The task of slot `index`. What must happen at its end is armed before its first poll: a
@@ -76,12 +78,15 @@ async fn run(guard: Guard) {
             Err((failure, error)) => {
                 redial = false;
                 let error = error.at_node(&node.name);
-                let others_up = node.up();
+                if suspect && failure.is_the_nodes() {
+                    node.set_dead(&mut slot.lock(), true);
+                }
                 // The judgement first, so that what is moved now does not come back here.
-                node.report(Event::ConnectFailed {
+                node.report(&Event::ConnectFailed {
                     failure,
                     error: &error,
-                    others_up,
+                    others_up: node.up(),
+                    most_dead: node.most_dead(),
                 });
                 error
             }
@@ -98,12 +103,22 @@ async fn run(guard: Guard) {
                     End::Closed => return,
                     End::Lost(error) => error.at_node(&node.name),
                     End::Violated(violation) => Error::from(violation).at_node(&node.name),
+                    End::Drained(error) => {
+                        // Whatever is asked of it next is asked once it is known to answer.
+                        (suspect, failures, redial) = (false, 0, false);
+                        node.set_dead(&mut slot.lock(), false);
+                        node.fail_all(slot, &error, Phase::Idle);
+                        continue;
+                    }
                     End::Unresponsive(error) => {
                         let error = error.at_node(&node.name);
                         let again = std::mem::replace(&mut suspect, true);
-                        node.report(Event::Unresponsive {
+                        if again {
+                            node.set_dead(&mut slot.lock(), true);
+                        }
+                        node.report(&Event::Unresponsive {
                             error: &error,
-                            again,
+                            most_dead: again && node.most_dead(),
                         });
                         // What waited behind it has waited long enough.
                         node.fail_all(slot, &error, Phase::Connecting);
@@ -138,6 +153,7 @@ struct Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         let slot = self.node.slot(self.index);
+        self.node.set_dead(&mut slot.lock(), false);
         let message = match slot.lock().phase {
             Phase::Closed => "the client is shut down",
             _ => "the runtime of the connection has ended",
@@ -236,8 +252,7 @@ async fn serve(node: &Node, slot: &Slot, connected: Connected, answered: &mut bo
         let opaque_on_miss = connected.version.has_opaque_on_miss();
         state.pipeline.connected(number, opaque_on_miss);
     }
-    node.report(Event::Connected);
-    let mut connection = Connection::new(connected.stream, &node.settings);
+    let mut connection = Connection::new(connected.stream, node);
     poll_fn(|cx| connection.poll(node, slot, answered, cx)).await
 }
 
@@ -303,6 +318,8 @@ struct Connection {
     streak: Option<Streak>,
     attempt_timeout: Duration,
     stall_timeout: Duration,
+    /// If anybody wants to know.
+    slow_after: Option<Duration>,
     timeouts_to_close: u32,
     /// Kept for their memory.
     replies: Vec<Reply>,
@@ -310,7 +327,8 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(stream: BoxStream, settings: &PipelinedSettings) -> Self {
+    fn new(stream: BoxStream, node: &Node) -> Self {
+        let settings = &node.settings;
         Self {
             stream,
             parser: Parser::new(settings.limits.value),
@@ -323,6 +341,7 @@ impl Connection {
             streak: None,
             attempt_timeout: settings.attempt_timeout,
             stall_timeout: settings.stall_after(),
+            slow_after: node.slow_after(),
             timeouts_to_close: settings.timeouts_to_close,
             replies: Vec::new(),
             woken: Vec::new(),
@@ -338,16 +357,18 @@ impl Connection {
         answered: &mut bool,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
-        let drained = match self.read(slot, answered, cx) {
+        let drained = match self.read(node, slot, answered, cx) {
             Ok(drained) => drained,
             Err(end) => return Poll::Ready(end),
         };
-        if let Phase::Closed = slot.lock().phase {
-            return Poll::Ready(End::Closed);
+        match &slot.lock().phase {
+            Phase::Closed => return Poll::Ready(End::Closed),
+            Phase::Draining(error) => return Poll::Ready(End::Drained(error.clone())),
+            _ => {}
         }
         if let Err(error) = self.write(node, slot, cx) {
             // Its last replies may still be on their way up.
-            let end = self.read(slot, answered, cx).err();
+            let end = self.read(node, slot, answered, cx).err();
             return Poll::Ready(end.unwrap_or_else(|| lost("writing failed", error)));
         }
         if !drained {
@@ -358,17 +379,20 @@ impl Connection {
             let mut state = slot.lock();
             // Also while the socket takes nothing: what is queued then has a deadline, too.
             state.park(cx.waker());
-            let stalls_at = state
-                .pipeline
+            let pipeline = &state.pipeline;
+            let stalls_at = pipeline
                 .oldest_sent_at()
                 .map(|oldest| self.stalls_at(oldest));
-            let next = [state.pipeline.earliest_deadline(), stalls_at]
+            let slow_at = self
+                .slow_after
+                .and_then(|slow_after| Some(after(pipeline.oldest_not_slow()?, slow_after)));
+            let next = [pipeline.earliest_deadline(), stalls_at, slow_at]
                 .into_iter()
                 .flatten()
                 .min();
             drop(state);
             let fired = ready!(self.timer.poll(next, cx));
-            if let Some(end) = self.judge(slot, fired) {
+            if let Some(end) = self.judge(node, slot, fired) {
                 return Poll::Ready(end);
             }
         }
@@ -382,6 +406,7 @@ impl Connection {
     /// more, once writes had their turn.
     fn read(
         &mut self,
+        node: &Node,
         slot: &Slot,
         answered: &mut bool,
         cx: &mut Context<'_>,
@@ -400,13 +425,13 @@ impl Connection {
                 Poll::Ready(Ok(_)) => self.heard_at = Instant::now(),
                 Poll::Ready(Err(error)) => return Err(lost("reading failed", error)),
             }
-            self.settle(slot, answered).map_err(End::Violated)?;
+            self.settle(node, slot, answered).map_err(End::Violated)?;
         }
         Ok(false)
     }
 
     /// Parses without the lock, settles under it, wakes after it.
-    fn settle(&mut self, slot: &Slot, answered: &mut bool) -> Result<(), Violation> {
+    fn settle(&mut self, node: &Node, slot: &Slot, answered: &mut bool) -> Result<(), Violation> {
         let mut parsed = Ok(());
         loop {
             match self.parser.parse(&mut self.input) {
@@ -419,21 +444,30 @@ impl Connection {
             }
         }
         if !self.replies.is_empty() {
-            let mut timely = false;
+            let (mut timely, mut done) = (false, 0);
             let mut state = slot.lock();
             for reply in self.replies.drain(..) {
                 match state.pipeline.reply(reply, &mut self.woken) {
-                    Ok(in_time) => timely |= in_time,
+                    Ok(matched) => {
+                        timely |= matched.timely;
+                        done += u32::from(matched.timely && matched.last);
+                    }
                     Err(violation) => {
                         parsed = Err(violation);
                         break;
                     }
                 }
             }
+            if timely {
+                node.set_dead(&mut state, false);
+            }
             drop(state);
             if timely {
                 self.streak = None;
                 *answered = true;
+            }
+            if done > 0 {
+                node.answered(done, self.heard_at);
             }
             self.woken.drain(..).for_each(Waker::wake);
         }
@@ -489,11 +523,14 @@ impl Connection {
         Ok(())
     }
 
-    /// Something was due at `due`: time-outs, or the end of a stalled connection.
-    fn judge(&mut self, slot: &Slot, due: Instant) -> Option<End> {
+    /// Something was due at `due`: time-outs, slow answers, or the end of a stalled connection.
+    fn judge(&mut self, node: &Node, slot: &Slot, due: Instant) -> Option<End> {
         let now = Instant::now();
         let late = now > due + LATE;
-        let charge = if late { Charge::Nobody } else { Charge::Node };
+        let charge = match late {
+            true => Charge::OurLateness,
+            false => Charge::Node,
+        };
         let streak = &mut self.streak;
         let mut state = slot.lock();
         state
@@ -508,7 +545,13 @@ impl Connection {
                 streak.count += 1;
             });
         let oldest = state.pipeline.oldest_sent_at();
+        let slow = self
+            .slow_after
+            .and_then(|slow_after| state.pipeline.newly_slow(now, slow_after));
         drop(state);
+        if let Some((requests, sent_at)) = slow.filter(|_| !late) {
+            node.report(&Event::Slow { requests, sent_at });
+        }
         self.woken.drain(..).for_each(Waker::wake);
         if late {
             // What we did not do in time says nothing about the server: it gets its time again.

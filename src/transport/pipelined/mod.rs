@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tower::Service;
 
 pub(crate) use connect::ConnectFailure;
@@ -30,6 +31,7 @@ use slot::Pool;
 use super::{Address, Connector};
 use crate::error::{Error, Result};
 use crate::executor::Executor;
+use crate::key::Key;
 use crate::protocol::Limits;
 use crate::request::Request;
 use crate::response::Response;
@@ -37,19 +39,34 @@ use crate::response::Response;
 /// What happened to a node's connections, for whoever judges the node.
 #[derive(Debug)]
 pub(crate) enum Event<'a> {
-    /// A connection is up and has answered `version`.
-    Connected,
     /// Connecting failed, while so many other connections of the node are up.
     ConnectFailed {
         failure: ConnectFailure,
         error: &'a Error,
         others_up: usize,
+        most_dead: bool,
     },
-    /// A connection was closed because it did not answer. `again`: so was the one before it.
-    Unresponsive { error: &'a Error, again: bool },
+    /// A connection was closed because it did not answer. `most_dead`: most of the node's
+    /// connections did not, and nor did those made in their place.
+    Unresponsive { error: &'a Error, most_dead: bool },
+    /// So many requests, the first of them sent then, have not been answered as soon as they
+    /// should have been. They may still be.
+    Slow { requests: u32, sent_at: Instant },
+    /// Keys of writes that ended with that error, may have been executed, or may still be, and whose
+    /// callers have left.
+    InDoubt { keys: Vec<Key>, error: &'a Error },
 }
 
-pub(crate) type Observer = Arc<dyn Fn(Event<'_>) + Send + Sync>;
+/// Whoever judges a node by what its connections do.
+pub(crate) trait Observer: Send + Sync {
+    /// So many requests were answered in time.
+    fn answered(&self, requests: u32, now: Instant);
+
+    /// From when on a request is [slow](Event::Slow).
+    fn slow_after(&self) -> Duration;
+
+    fn observe(&self, event: &Event<'_>);
+}
 
 /// The settings of a [`Pipelined`] transport.
 #[derive(Clone, Debug)]
@@ -234,6 +251,11 @@ impl Pipelined {
         Self(Arc::new(Pool::new(parts, next_node_number())))
     }
 
+    /// Ends what is queued or in flight, and the connections with it: the node is out.
+    pub(crate) fn drain(&self, error: &Error) {
+        self.0.drain(error);
+    }
+
     /// Lets broken connections be tried again at once: the node is known to answer.
     pub(crate) fn end_backoff(&self) {
         self.0.end_backoff();
@@ -241,6 +263,20 @@ impl Pipelined {
 
     pub(crate) fn connect_within(&self) -> Duration {
         self.0.connect_within()
+    }
+
+    pub(crate) fn max_value_size(&self) -> usize {
+        self.0.max_value_size()
+    }
+
+    /// How many connections it may have.
+    pub(crate) fn connections(&self) -> usize {
+        self.0.connections()
+    }
+
+    /// Requests queued and in flight.
+    pub(crate) fn pending(&self) -> usize {
+        self.0.pending()
     }
 
     /// Connections that are up.

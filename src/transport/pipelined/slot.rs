@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::{Event, Observer, PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
+use crate::key::Key;
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Request};
 use crate::response::{CasOutcome, Response};
@@ -29,7 +30,7 @@ pub(crate) struct Parts {
     pub(crate) settings: PipelinedSettings,
     pub(crate) connector: Arc<dyn Connector>,
     pub(crate) spawner: Spawner,
-    pub(crate) observer: Option<Observer>,
+    pub(crate) observer: Option<Arc<dyn Observer>>,
 }
 
 /// The handles' side of one node: dropped with the last of them, which ends the tasks.
@@ -46,12 +47,14 @@ pub(super) struct Node {
     pub(super) address: Address,
     pub(super) settings: PipelinedSettings,
     pub(super) connector: Arc<dyn Connector>,
-    observer: Option<Observer>,
+    observer: Option<Arc<dyn Observer>>,
     number: NonZeroU32,
     slots: Box<[Slot]>,
     /// Connections are numbered as they are established; this is the newest one's number.
     newest: AtomicU32,
     up: AtomicUsize,
+    /// How many slots are [dead](State::dead).
+    dead: AtomicUsize,
 }
 
 /// One connection's place.
@@ -63,6 +66,8 @@ pub(super) struct State {
     /// Wakes the task, when it is parked: it has seen an empty queue and waits.
     task: Option<Waker>,
     parked: bool,
+    /// Its connection did not answer, nor could one be made in its place that does.
+    dead: bool,
 }
 
 #[derive(Debug)]
@@ -73,6 +78,8 @@ pub(super) enum Phase {
     Idle,
     Connecting,
     Up,
+    /// It is up, and to be closed, for the node is out: what is on it ends with that error.
+    Draining(Error),
     /// Connecting failed, and is not tried again before then; until then requests fail with that
     /// error at once.
     Broken {
@@ -129,7 +136,7 @@ impl State {
                 self.phase = Phase::Idle;
             }
             Phase::Closed => return Err(shut_down()),
-            Phase::Idle | Phase::Connecting | Phase::Up => {}
+            Phase::Idle | Phase::Connecting | Phase::Up | Phase::Draining(_) => {}
         }
         Ok(self.unpark())
     }
@@ -162,10 +169,33 @@ impl Node {
         self.up.load(Ordering::Relaxed)
     }
 
-    pub(super) fn report(&self, event: Event<'_>) {
+    pub(super) fn report(&self, event: &Event<'_>) {
         if let Some(observer) = &self.observer {
-            observer(event);
+            observer.observe(event);
         }
+    }
+
+    pub(super) fn answered(&self, requests: u32, now: Instant) {
+        if let Some(observer) = &self.observer {
+            observer.answered(requests, now);
+        }
+    }
+
+    pub(super) fn slow_after(&self) -> Option<Duration> {
+        self.observer.as_ref().map(|observer| observer.slow_after())
+    }
+
+    pub(super) fn set_dead(&self, state: &mut State, dead: bool) {
+        if std::mem::replace(&mut state.dead, dead) != dead {
+            match dead {
+                true => self.dead.fetch_add(1, Ordering::Relaxed),
+                false => self.dead.fetch_sub(1, Ordering::Relaxed),
+            };
+        }
+    }
+
+    pub(super) fn most_dead(&self) -> bool {
+        self.dead.load(Ordering::Relaxed) * 2 > self.slots.len()
     }
 
     /// Ends what is queued and in flight in a slot.
@@ -184,11 +214,15 @@ impl Node {
         if !matches!(state.phase, Phase::Closed) {
             state.phase = phase;
         }
-        state.pipeline.close(error, &mut woken);
+        let doubtful = state.pipeline.close(error, &mut woken);
         if queued_too {
             state.pipeline.fail_queued(error, &mut woken);
         }
         drop(state);
+        if !doubtful.is_empty() {
+            let keys = doubtful;
+            self.report(&Event::InDoubt { keys, error });
+        }
         woken.into_iter().for_each(Waker::wake);
     }
 }
@@ -202,6 +236,7 @@ impl Pool {
                 phase: Phase::Unstarted,
                 task: None,
                 parked: false,
+                dead: false,
             }))
         };
         Self {
@@ -215,6 +250,7 @@ impl Pool {
                 number,
                 newest: AtomicU32::new(0),
                 up: AtomicUsize::new(0),
+                dead: AtomicUsize::new(0),
             }),
             spawner: parts.spawner,
             next: AtomicUsize::new(0),
@@ -227,6 +263,38 @@ impl Pool {
 
     pub(super) fn connect_within(&self) -> Duration {
         self.node.settings.connect_within()
+    }
+
+    pub(super) fn max_value_size(&self) -> usize {
+        self.node.settings.limits.value
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        self.node.slots.len()
+    }
+
+    pub(super) fn pending(&self) -> usize {
+        let slots = self.node.slots.iter();
+        slots.map(|slot| slot.lock().pipeline.len()).sum()
+    }
+
+    pub(super) fn drain(&self, error: &Error) {
+        for slot in &self.node.slots {
+            let mut woken = Vec::new();
+            let mut state = slot.lock();
+            let task = match state.phase {
+                Phase::Up => {
+                    // What is in flight is the task's to settle, once it writes no more.
+                    state.phase = Phase::Draining(error.clone());
+                    state.task.take()
+                }
+                Phase::Closed | Phase::Draining(_) => continue,
+                _ => None,
+            };
+            state.pipeline.fail_queued(error, &mut woken);
+            drop(state);
+            woken.into_iter().chain(task).for_each(Waker::wake);
+        }
     }
 
     pub(super) fn end_backoff(&self) {
@@ -274,9 +342,28 @@ impl Pool {
             .find(|&index| match &slots[index].lock().phase {
                 Phase::Up | Phase::Unstarted | Phase::Idle => true,
                 Phase::Broken { until, .. } => *until <= now,
-                Phase::Connecting | Phase::Closed => false,
+                Phase::Connecting | Phase::Closed | Phase::Draining(_) => false,
             })
             .unwrap_or(first)
+    }
+
+    /// The slot that waits the least for an answer: of several that are up, not the one where the
+    /// first attempt is stuck.
+    fn choose_for_hedge(&self) -> usize {
+        let now = Instant::now();
+        let waits = |slot: &Slot| {
+            let state = slot.lock();
+            let oldest = state.pipeline.oldest_sent_at();
+            (
+                !matches!(state.phase, Phase::Up),
+                oldest.map_or(Duration::ZERO, |oldest| {
+                    now.saturating_duration_since(oldest)
+                }),
+            )
+        };
+        let slots = self.node.slots.iter().map(waits).enumerate();
+        let least = slots.min_by_key(|&(_, waits)| waits);
+        least.map_or(0, |(index, _)| index)
     }
 
     /// A slot whose connection a token may still be used over.
@@ -355,6 +442,8 @@ struct Waiting {
     ticket: Option<Ticket>,
     /// When the caller stops waiting if the connection's own timer has not spoken by then.
     give_up_at: Instant,
+    /// Of a write: its doubt outlives its caller.
+    written: Option<Key>,
 }
 
 impl PipelinedFuture {
@@ -414,6 +503,7 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         Operation::GetMany { keys } if keys.is_empty() => {
             return Ok(Started::Answered(Response::Values(Vec::new())));
         }
+        _ if request.is_hedging() => pool.choose_for_hedge(),
         _ => pool.choose(),
     };
     let now = Instant::now();
@@ -441,6 +531,7 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         slot,
         ticket: Some(ticket),
         give_up_at,
+        written: operation.written().cloned(),
     }))
 }
 
@@ -490,10 +581,17 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            let mut state = self.pool.node.slot(self.slot).lock();
-            let waker = state.pipeline.abandon(ticket);
+            let node = &self.pool.node;
+            let mut state = node.slot(self.slot).lock();
+            let (waker, doubtful) = state.pipeline.abandon(ticket, self.written.take());
             drop(state);
             drop(waker);
+            if let Some((key, error)) = doubtful {
+                node.report(&Event::InDoubt {
+                    keys: vec![key],
+                    error: &error,
+                });
+            }
         }
     }
 }

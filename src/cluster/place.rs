@@ -1,0 +1,215 @@
+//! Where a request for a key goes now, and what the other nodes have to forget because of it.
+//!
+//! A key's home answers for it unless its breaker is open, it has not taken the key back yet, or it
+//! may hold something older than what this client has written. With redistribution the next node on
+//! the ring that has none of these troubles answers instead.
+//!
+//! Two rules keep an old value from being read (guarantee G7). A write that lands anywhere is
+//! entered first in the journal of every node before that on the key's way round the ring, for
+//! these will be asked again once they are back. And of every node behind it that may have answered
+//! for the key lately, for it may be asked again in the next outage.
+
+use super::topology::Topology;
+use super::{FailureMode, Shared, Tries};
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::Key;
+use crate::node::{Admission, Node, Reason};
+use crate::request::{Operation, Origin};
+use crate::response::{CasOutcome, Response};
+use crate::telemetry::Event;
+
+/// What became of placing a request.
+pub(super) enum Placed<T> {
+    At(T),
+    /// No node has to be asked, or none can be.
+    Settled(Result<Response>),
+}
+
+/// What a node is to a key now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// It answers for it.
+    Good,
+    /// It is out.
+    Out,
+    /// It is back, but has not taken this key back yet.
+    Deferred,
+    /// What it has for it may be old.
+    Outdated,
+}
+
+fn standing<S>(node: &Node<S>, key: &Key) -> Standing {
+    let node = node.shared();
+    if node.is_untroubled() {
+        return Standing::Good;
+    }
+    match node.admits(key) {
+        Admission::Refused => Standing::Out,
+        Admission::Deferred => Standing::Deferred,
+        Admission::Admitted if node.is_outdated(key) => Standing::Outdated,
+        Admission::Admitted => Standing::Good,
+    }
+}
+
+impl<S> Shared<S> {
+    /// Hands the node that a new request for `key` goes to, and as whose request, to `start`.
+    pub(super) fn first<T>(
+        &self,
+        key: &Key,
+        operation: &Operation,
+        start: impl FnOnce(&Node<S>, Origin) -> T,
+    ) -> Placed<T> {
+        let topology = self.topology.load();
+        let home = topology.home(key);
+        let standing = standing(home, key);
+        if standing == Standing::Good {
+            self.forget_behind(&topology, key, operation, home);
+            return Placed::At(start(home, Origin::Home));
+        }
+        // Nobody may ask it for a long time, so whether it is seen to is looked to here.
+        home.shared().ensure_kept();
+        let redistributes = self.settings.failure_mode == FailureMode::Redistribute;
+        let too_many = redistributes && self.too_many_open(&topology);
+        let refuge = (redistributes && !too_many)
+            .then(|| self.refuge(&topology, key, operation, &[]))
+            .flatten();
+        if let Some(refuge) = refuge
+            && operation.is_movable()
+        {
+            self.move_to(&topology, key, operation, refuge);
+            return Placed::At(start(refuge, Origin::Moved));
+        }
+        let unavailable = |why: &'static str| {
+            let error = Error::new(ErrorKind::NodeUnavailable, why);
+            Placed::Settled(Err(error.at_node(home.name())))
+        };
+        match standing {
+            Standing::Out if too_many && operation.is_movable() => {
+                self.forget_everywhere(&topology, key, operation);
+                unavailable("it is out, and more nodes are than others may stand in for")
+            }
+            // An open home refuses it at once; what then happens is a matter of the failure mode.
+            Standing::Out => {
+                self.forget_everywhere(&topology, key, operation);
+                Placed::At(start(home, Origin::Home))
+            }
+            // It must not succeed beside an original that it cannot see.
+            Standing::Deferred if refuge.is_some() && operation.is_add() => {
+                unavailable("it is back, but not yet for this key")
+            }
+            Standing::Outdated if operation.is_read() => Placed::Settled(Ok(Response::Value(None))),
+            // The value that it is to take the place of is as good as gone.
+            Standing::Outdated if operation.is_swap() => {
+                Placed::Settled(Ok(Response::Swapped(CasOutcome::Exists)))
+            }
+            Standing::Outdated if !operation.is_movable() => {
+                unavailable("what it has for this key is old, and being deleted")
+            }
+            Standing::Good | Standing::Deferred | Standing::Outdated => {
+                self.forget_behind(&topology, key, operation, home);
+                Placed::At(start(home, Origin::Home))
+            }
+        }
+    }
+
+    /// The same for a request that has failed at the nodes in `tries`; `None` if there is no
+    /// other node for it, or the budget does not pay for going there.
+    pub(super) fn next<T>(
+        &self,
+        key: &Key,
+        operation: &Operation,
+        tries: &Tries,
+        paid: bool,
+        start: impl FnOnce(&Node<S>, Origin) -> T,
+    ) -> Option<T> {
+        let topology = self.topology.load();
+        if self.too_many_open(&topology) {
+            return None;
+        }
+        let home = topology.home(key);
+        // The topology may have changed, and the key's home with it.
+        if !tries.spent.contains(&home.shared().id()) && standing(home, key) == Standing::Good {
+            if paid && !self.pay(home.shared()) {
+                return None;
+            }
+            self.forget_behind(&topology, key, operation, home);
+            return Some(start(home, Origin::Home));
+        }
+        let refuge = self.refuge(&topology, key, operation, &tries.spent)?;
+        if paid && !self.pay(home.shared()) {
+            return None;
+        }
+        self.move_to(&topology, key, operation, refuge);
+        Some(start(refuge, Origin::Moved))
+    }
+
+    fn too_many_open(&self, topology: &Topology<S>) -> bool {
+        topology.too_many_open(self.settings.max_ejection_percent)
+    }
+
+    /// The node, other than its home, that answers for a key.
+    fn refuge<'a>(
+        &self,
+        topology: &'a Topology<S>,
+        key: &'a Key,
+        operation: &Operation,
+        spent: &[u64],
+    ) -> Option<&'a Node<S>> {
+        let stands = |good: fn(Standing) -> bool| {
+            let mut others = topology.sequence(key).skip(1);
+            others.find(|node| !spent.contains(&node.shared().id()) && good(standing(node, key)))
+        };
+        let good = stands(|standing| standing == Standing::Good);
+        // What is written whatever was there may be deleted again: it will be a miss.
+        good.or_else(|| {
+            let blind = operation.is_blind();
+            stands(|standing| standing == Standing::Outdated).filter(|_| blind)
+        })
+    }
+
+    /// What is done before a request goes to a node that is not its key's home.
+    fn move_to(&self, topology: &Topology<S>, key: &Key, operation: &Operation, refuge: &Node<S>) {
+        topology.home(key).shared().count(Event::Failover);
+        let skipped = topology.sequence(key);
+        for node in skipped.take_while(|node| node.shared().id() != refuge.shared().id()) {
+            if operation.lasts() {
+                node.shared().passed_by(self.settings.failover_ttl);
+            }
+            if let Some(key) = operation.written() {
+                node.shared().outdate(key, Reason::Outdated);
+            }
+        }
+        self.forget_behind(topology, key, operation, refuge);
+    }
+
+    /// The nodes behind `node` on the key's way that may have answered for it lately: in the next
+    /// outage they must not answer with what they got in the last one.
+    fn forget_behind(
+        &self,
+        topology: &Topology<S>,
+        key: &Key,
+        operation: &Operation,
+        node: &Node<S>,
+    ) {
+        if !operation.changes() || !node.shared().was_passed_by() {
+            return;
+        }
+        let behind = topology.sequence(key);
+        let behind = behind.skip_while(|other| other.shared().id() != node.shared().id());
+        for other in behind.skip(1) {
+            other.shared().outdate(key, Reason::Outdated);
+            if !other.shared().was_passed_by() {
+                break;
+            }
+        }
+    }
+
+    /// A write that no node is asked for.
+    fn forget_everywhere(&self, topology: &Topology<S>, key: &Key, operation: &Operation) {
+        if operation.written().is_some() {
+            let home = topology.home(key);
+            home.shared().outdate(key, Reason::Outdated);
+            self.forget_behind(topology, key, operation, home);
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The keeper of a node: the one task that probes it, brings it back, deletes what its journal
+//! names, and keeps its metrics.
+//!
+//! It is started with the node, or by the first request where the runtime is not known before, and
+//! started again should it ever die. Between its rounds it holds on to nothing, so that a node goes
+//! when its last handle does.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures::future::{Either, join_all, select};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::gate::{BreakerState, Progress};
+use super::probe::{Asker, CANARY_SIZE, canary, jittered};
+use super::{EjectionCause, JournalOverflow, Shared};
+use crate::error::{Charge, Error, ErrorKind, Result};
+use crate::executor::{LATE, after};
+use crate::request::{Operation, Request};
+use crate::response::Response;
+use crate::telemetry::{Event, REMADE_EVERY};
+
+/// The first probe after opening, the next one after a first success, and the next try to delete
+/// what could not be deleted.
+const SOON: Duration = Duration::from_millis(100);
+
+/// Gauges are set this often.
+const LEVELS_EVERY: Duration = Duration::from_secs(1);
+
+/// Deletions sent at once.
+const DELETIONS: usize = 512;
+
+pub(super) fn spawn(shared: &Arc<Shared>) -> Result<()> {
+    let running = Running {
+        node: Arc::downgrade(shared),
+        begun: false,
+    };
+    let (wake, in_use) = (shared.wake.clone(), shared.in_use.subscribe());
+    shared.spawner.spawn(keep(running, wake, in_use))
+}
+
+async fn keep(mut running: Running, wake: Arc<Notify>, mut in_use: watch::Receiver<()>) {
+    running.begun = true;
+    let mut agenda = match running.node.upgrade() {
+        Some(shared) => Agenda::new(&shared),
+        None => return,
+    };
+    loop {
+        let due = {
+            let Some(shared) = running.node.upgrade() else {
+                return;
+            };
+            agenda.see_to(&shared).await;
+            agenda.due(&shared)
+        };
+        let unused = std::pin::pin!(in_use.changed());
+        let woken = std::pin::pin!(wake.notified());
+        let due = std::pin::pin!(sleep_until(due));
+        let called = select(woken, due);
+        if let Either::Left(_) = select(unused, called).await {
+            return;
+        }
+    }
+}
+
+/// Says that the keeper is gone, however it went, so that another can be started. Made before the
+/// task's first poll: a runtime that is shut down drops what it is given.
+struct Running {
+    node: Weak<Shared>,
+    begun: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(shared) = self.node.upgrade() {
+            shared.keeper_ended();
+            // It panicked. A task that never began was refused by its runtime, which would refuse
+            // the next one as well.
+            if self.begun && std::thread::panicking() {
+                shared.ensure_kept();
+            }
+        }
+    }
+}
+
+/// What is to be done when.
+struct Agenda {
+    probe_at: Instant,
+    delete_at: Instant,
+    levels_at: Instant,
+    remake_at: Instant,
+    /// How often the node had been ejected when this was last looked at, and since when it is out.
+    ejections: u64,
+    out_since: Instant,
+    /// Probes in a row that failed while the node took requests.
+    failures: u32,
+}
+
+impl Agenda {
+    fn new(shared: &Shared) -> Self {
+        let now = Instant::now();
+        Self {
+            probe_at: after(now, shared.settings.probe.initial_delay),
+            delete_at: now,
+            levels_at: now,
+            remake_at: after(now, REMADE_EVERY),
+            ejections: 0,
+            out_since: now,
+            failures: 0,
+        }
+    }
+
+    /// When there is something to do next, unless somebody calls before.
+    fn due(&self, shared: &Shared) -> Instant {
+        let mut due = self.probe_at.min(self.levels_at).min(self.remake_at);
+        match shared.gate.state() {
+            BreakerState::Open | BreakerState::HalfOpen => return due,
+            BreakerState::Closed => {}
+            // The end of a ramp is seen to in short steps: it is short itself.
+            BreakerState::Ramping => due = due.min(after(Instant::now(), SOON)),
+        }
+        match shared.journal.due(Instant::now()) {
+            Some(deletion) => due.min(deletion.max(self.delete_at)),
+            None => due,
+        }
+    }
+
+    async fn see_to(&mut self, shared: &Arc<Shared>) {
+        let now = Instant::now();
+        if self.remake_at <= now {
+            self.remake_at = after(now, REMADE_EVERY);
+            shared.meters.remake();
+        }
+        if self.levels_at <= now {
+            self.levels_at = after(now, LEVELS_EVERY);
+            shared.show_levels();
+        }
+        let ejections = shared.ejections();
+        if std::mem::replace(&mut self.ejections, ejections) != ejections {
+            let wait = shared.gate.penalty().map_or(SOON, jittered);
+            self.probe_at = after(now, wait);
+            self.out_since = now;
+            self.failures = 0;
+        }
+        match shared.gate.state() {
+            BreakerState::Open | BreakerState::HalfOpen => {
+                if self.probe_at <= now {
+                    self.probe_at = after(Instant::now(), self.test(shared).await);
+                }
+            }
+            BreakerState::Closed | BreakerState::Ramping => {
+                if shared.gate.ramped(now) {
+                    shared.changed();
+                }
+                if self.delete_at <= now && shared.journal.due(now).is_some_and(|due| due <= now) {
+                    match delete_due(shared).await {
+                        Ok(_) => {}
+                        Err(_) => self.delete_at = after(Instant::now(), SOON),
+                    }
+                }
+                if self.probe_at <= Instant::now() {
+                    self.check(shared).await;
+                    self.probe_at = after(Instant::now(), shared.settings.probe.next());
+                }
+            }
+        }
+    }
+
+    /// Probes a node that takes requests, over the connections that these use.
+    async fn check(&mut self, shared: &Arc<Shared>) {
+        match probe(shared, &shared.asker, shared.canary_size).await {
+            Probed::Ready => self.failures = 0,
+            Probed::Unknown => {}
+            Probed::Failed(error) => {
+                self.failures += 1;
+                if self.failures >= shared.settings.probe.failure_threshold {
+                    shared.open(EjectionCause::Probe, &error);
+                }
+            }
+        }
+    }
+
+    /// Probes a node that is out, over a fresh connection, and says when to probe it next.
+    async fn test(&mut self, shared: &Arc<Shared>) -> Duration {
+        let failed = match probe(shared, &(shared.fresh)(), CANARY_SIZE).await {
+            Probed::Failed(error) => Err(error),
+            Probed::Unknown => return shared.settings.probe.next(),
+            Probed::Ready => match shared.gate.probe_succeeded() {
+                Progress::None => Ok(()),
+                Progress::More => {
+                    shared.changed();
+                    return SOON;
+                }
+                Progress::Enough => self.bring_back(shared).await,
+            },
+        };
+        if let Err(error) = failed {
+            shared.probe_failed(&error);
+        }
+        shared.settings.probe.next()
+    }
+
+    /// Removes from the node what is known to be old, and readmits it.
+    async fn bring_back(&self, shared: &Arc<Shared>) -> Result<()> {
+        // What broke while it was out is to be made anew, at once.
+        if let Some(transport) = &shared.transport {
+            transport.end_backoff();
+        }
+        let overflowed = shared.journal.has_overflowed();
+        let flush = overflowed && shared.settings.journal.overflow == JournalOverflow::Flush;
+        if shared.flush_wanted() || flush {
+            within(shared, (shared.asker)(Request::new(Operation::FlushAll))).await?;
+            shared.flushed();
+        } else if overflowed && self.restarted(shared).await? {
+            shared.journal.flushed();
+        }
+        if shared.journal.has_overflowed() {
+            return Err(journal_overflowed());
+        }
+        // What enters while this goes on is seen to afterwards: it is not used until then.
+        while delete_due(shared).await? == DELETIONS {}
+        shared.readmit();
+        Ok(())
+    }
+
+    /// Whether the server's process is younger than the outage: then it holds nothing old.
+    async fn restarted(&self, shared: &Arc<Shared>) -> Result<bool> {
+        let asked = Instant::now();
+        let stats = within(shared, (shared.asker)(Request::new(Operation::Stats))).await?;
+        let Response::Stats(stats) = stats else {
+            return Ok(false);
+        };
+        let uptime = stats.get("uptime").and_then(|uptime| uptime.parse().ok());
+        // It counts in whole seconds, and its clock ticks once a second.
+        let oldest = uptime.map(|uptime: u64| Duration::from_secs(uptime.saturating_add(2)));
+        Ok(oldest.is_some_and(|oldest| asked.duration_since(self.out_since) > oldest))
+    }
+}
+
+pub(super) fn journal_overflowed() -> Error {
+    Error::new(
+        ErrorKind::NodeUnavailable,
+        "more keys were written while it was out than its journal holds: flush it",
+    )
+}
+
+async fn within<F>(shared: &Shared, asked: F) -> F::Output
+where
+    F: Future<Output = Result<Response>>,
+{
+    match timeout(shared.probe_within(), asked).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::new(ErrorKind::Timeout, "it did not answer in time")),
+    }
+}
+
+/// What came of a probe.
+enum Probed {
+    Ready,
+    Failed(Error),
+    /// We were late, or short of something ourselves.
+    Unknown,
+}
+
+async fn probe(shared: &Arc<Shared>, ask: &Asker, size: usize) -> Probed {
+    let (within, began) = (shared.probe_within(), Instant::now());
+    let probed = match timeout(within, canary(ask, &shared.canary, size)).await {
+        Ok(Ok(())) => Probed::Ready,
+        Ok(Err(error)) if error.charge() == Charge::OurLateness || error.is_overloaded() => {
+            Probed::Unknown
+        }
+        Ok(Err(error)) => Probed::Failed(error),
+        Err(_) if began.elapsed() > within.saturating_add(LATE) => Probed::Unknown,
+        Err(_) => Probed::Failed(Error::new(ErrorKind::Timeout, "the probe was not answered")),
+    };
+    match probed {
+        Probed::Ready => shared.meters.count(Event::ProbeSuccess),
+        Probed::Failed(_) => shared.meters.count(Event::ProbeFailure),
+        Probed::Unknown => {}
+    }
+    probed
+}
+
+/// Deletes what is due, a round of it, and says how much that was.
+async fn delete_due(shared: &Arc<Shared>) -> Result<usize> {
+    let deletions = shared.journal.take(DELETIONS, Instant::now());
+    let count = deletions.len();
+    let deleting = deletions.iter().map(|deletion| {
+        let key = deletion.key.clone();
+        within(
+            shared,
+            (shared.asker)(Request::new(Operation::Delete { key })),
+        )
+    });
+    let mut failure = None;
+    for (outcome, deletion) in join_all(deleting).await.into_iter().zip(&deletions) {
+        match outcome {
+            Ok(_) => {
+                shared.journal.deleted(deletion, Instant::now());
+                shared.meters.count(Event::JournalDeletion);
+            }
+            Err(error) => {
+                shared.journal.put_back(deletion.clone());
+                failure = Some(error);
+            }
+        }
+    }
+    match failure {
+        None => Ok(count),
+        Some(error) => Err(error),
+    }
+}

@@ -1,0 +1,595 @@
+//! What all handles of one node share, and what its transport and its keeper tell of it.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::Hasher as _;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwapOption;
+use futures::future::BoxFuture;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use super::classifier::Verdict;
+use super::gate::{Admission, BreakerState, Gate, Moment};
+use super::journal::{Journal, Reason, Recorded};
+use super::latency::Latencies;
+use super::policy::{Policy, Trip};
+use super::probe::{self, Asker, CANARY_SIZE};
+use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, keeper};
+use crate::error::{Error, ErrorKind, Result, Sent};
+use crate::executor::Spawner;
+use crate::key::Key;
+use crate::request::{Origin, Request};
+use crate::response::Response;
+use crate::telemetry::{Event as Counted, Level, NodeMeters};
+use crate::transport::{ConnectFailure, Event, Observer, Pipelined};
+
+impl Moment for Instant {
+    fn since(self, earlier: Self) -> Duration {
+        self.saturating_duration_since(earlier)
+    }
+}
+
+/// Why a node was ejected.
+type Cause = (EjectionCause, Error);
+
+pub(crate) struct Shared {
+    id: u64,
+    pub(super) name: Arc<str>,
+    pub(super) settings: NodeSettings,
+    pub(super) gate: Gate<Instant, Cause>,
+    policy: Arc<Policy>,
+    pub(super) journal: Journal,
+    pub(super) latencies: Latencies,
+    pub(super) meters: NodeMeters,
+    pub(super) in_flight: AtomicUsize,
+    /// What a request gets while the gate is shut.
+    unavailable: ArcSwapOption<Error>,
+    ejections: AtomicU64,
+    changed_at: Mutex<SystemTime>,
+    changes: OnceLock<watch::Sender<()>>,
+    /// Requests of its keys have gone past it to other nodes, and what they left there may live
+    /// until then: milliseconds after `began`.
+    passed_until: AtomicU64,
+    began: Instant,
+    flush_wanted: AtomicBool,
+    /// Asks it over the connections that requests use.
+    pub(super) asker: Asker,
+    /// Makes a way to ask it over a fresh connection.
+    pub(super) fresh: Box<dyn Fn() -> Asker + Send + Sync>,
+    pub(super) canary: Key,
+    /// As large as requests may be, if that is not enough for a real one.
+    pub(super) canary_size: usize,
+    kept: AtomicBool,
+    /// Calls the keeper.
+    pub(super) wake: Arc<Notify>,
+    /// Anything sent, or its end, ends the keeper.
+    pub(super) in_use: watch::Sender<()>,
+    /// The client is shut down.
+    closed: AtomicBool,
+    pub(super) spawner: Spawner,
+    /// Where it is known: it judges its connections itself.
+    pub(super) transport: Option<Pipelined>,
+    /// Whether attempts must be timed here, for what is below may wait without end.
+    pub(super) times_attempts: bool,
+}
+
+/// What a node is made of.
+pub(super) struct Makings {
+    pub(super) name: Arc<str>,
+    pub(super) settings: NodeSettings,
+    pub(super) policy: Arc<Policy>,
+    pub(super) asker: Asker,
+    pub(super) fresh: Box<dyn Fn() -> Asker + Send + Sync>,
+    pub(super) spawner: Spawner,
+    pub(super) transport: Option<Pipelined>,
+    pub(super) times_attempts: bool,
+}
+
+impl Shared {
+    pub(super) fn new(makings: Makings) -> Self {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let Makings {
+            name,
+            settings,
+            policy,
+            asker,
+            fresh,
+            spawner,
+            transport,
+            times_attempts,
+        } = makings;
+        Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            gate: Gate::new(settings.gate()),
+            policy,
+            journal: Journal::new(settings.journal.capacity),
+            latencies: Latencies::default(),
+            meters: NodeMeters::new(&name, &Verdict::OUTCOMES),
+            in_flight: AtomicUsize::new(0),
+            unavailable: ArcSwapOption::empty(),
+            ejections: AtomicU64::new(0),
+            changed_at: Mutex::new(SystemTime::now()),
+            changes: OnceLock::new(),
+            passed_until: AtomicU64::new(0),
+            began: Instant::now(),
+            flush_wanted: AtomicBool::new(false),
+            asker,
+            fresh,
+            canary: probe::canary_key(),
+            canary_size: transport
+                .as_ref()
+                .map_or(CANARY_SIZE, Pipelined::max_value_size)
+                .min(CANARY_SIZE),
+            kept: AtomicBool::new(false),
+            wake: Arc::new(Notify::new()),
+            in_use: watch::Sender::new(()),
+            closed: AtomicBool::new(false),
+            spawner,
+            transport,
+            times_attempts,
+            name,
+            settings,
+        }
+    }
+
+    /// Tells it from every other node of this process.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Whether no request may go to it.
+    pub(crate) fn is_open(&self) -> bool {
+        self.gate.is_shut()
+    }
+
+    /// Whether requests may go to it for any key: nothing is wrong with it.
+    pub(crate) fn is_untroubled(&self) -> bool {
+        self.gate.is_closed() && self.journal.len() == 0
+    }
+
+    /// Whether a request for a key may go to it, as far as its breaker goes.
+    pub(crate) fn admits(&self, key: &Key) -> Admission {
+        let share = || {
+            let mut hasher = DefaultHasher::new();
+            hasher.write(key.as_bytes());
+            hasher.finish() as f64 / u64::MAX as f64
+        };
+        self.gate.admits(share, Instant::now())
+    }
+
+    /// Whether what it has for a key is not to be used.
+    pub(crate) fn is_outdated(&self, key: &Key) -> bool {
+        self.journal.holds(key)
+    }
+
+    /// What it has for a key is not to be used from now on, until it has been deleted there.
+    pub(crate) fn outdate(self: &Arc<Self>, key: &Key, reason: Reason) {
+        match self.journal.record(key, reason) {
+            Recorded::In { wake } => {
+                if wake {
+                    self.wake.notify_one();
+                }
+            }
+            Recorded::Overflow { first } => {
+                self.meters.count(Counted::JournalOverflow);
+                if first && self.settings.journal.overflow != JournalOverflow::Serve {
+                    self.open(EjectionCause::Journal, &keeper::journal_overflowed());
+                }
+            }
+        }
+    }
+
+    /// Something of its keys has been left on another node, where it may live for `lifetime`.
+    pub(crate) fn passed_by(&self, lifetime: Duration) {
+        // Clocks that tick once a second, and the time that the request itself may take.
+        let until = self.began.elapsed() + lifetime + Duration::from_secs(5);
+        let until = u64::try_from(until.as_millis()).unwrap_or(u64::MAX);
+        self.passed_until.fetch_max(until, Ordering::AcqRel);
+    }
+
+    /// Whether something of its keys may be on another node.
+    pub(crate) fn was_passed_by(&self) -> bool {
+        match self.passed_until.load(Ordering::Acquire) {
+            0 => false,
+            until => self.began.elapsed().as_millis() < u128::from(until),
+        }
+    }
+
+    pub(crate) fn count(&self, event: Counted) {
+        self.meters.count(event);
+    }
+
+    /// The median's big brother: how long 95 % of gets take at most.
+    pub(crate) fn p95(&self) -> Option<Duration> {
+        self.latencies.p95()
+    }
+
+    pub(crate) fn connections(&self) -> usize {
+        self.transport.as_ref().map_or(1, Pipelined::connections)
+    }
+
+    /// Tells `changes` whenever its state changes.
+    pub(crate) fn report_to(&self, changes: &watch::Sender<()>) {
+        let _already = self.changes.set(changes.clone());
+    }
+
+    pub(super) fn changed(&self) {
+        let mut changed_at = self
+            .changed_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *changed_at = SystemTime::now();
+        drop(changed_at);
+        self.show_state();
+        if let Some(changes) = self.changes.get() {
+            changes.send_replace(());
+        }
+    }
+
+    fn show_state(&self) {
+        let state = match self.gate.state() {
+            BreakerState::Closed => 0,
+            BreakerState::Ramping => 1,
+            BreakerState::HalfOpen => 2,
+            BreakerState::Open => 3,
+        };
+        self.meters.set(Level::BreakerState, state);
+    }
+
+    pub(super) fn show_levels(&self) {
+        self.show_state();
+        let in_flight = self.in_flight.load(Ordering::Relaxed);
+        self.meters.set(Level::InFlight, in_flight);
+        self.meters.set(Level::JournalKeys, self.journal.len());
+        if let Some(transport) = &self.transport {
+            self.meters.set(Level::QueueDepth, transport.pending());
+            let connections = transport.connections_up();
+            self.meters.set(Level::Connections, connections);
+        }
+        self.latencies.turn();
+    }
+
+    pub(super) fn status(&self) -> NodeStatus {
+        let (cause, last_cause) = self.gate.cause().unzip();
+        let since = *self
+            .changed_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let transport = self.transport.as_ref();
+        NodeStatus {
+            node: self.name.clone(),
+            state: self.gate.state(),
+            since,
+            cause,
+            last_cause,
+            in_flight: self.in_flight.load(Ordering::Relaxed),
+            connections: transport.map_or(0, Pipelined::connections_up),
+            journal: self.journal.len(),
+        }
+    }
+
+    pub(super) fn ejections(&self) -> u64 {
+        self.ejections.load(Ordering::Acquire)
+    }
+
+    /// Ejects the node.
+    pub(super) fn open(self: &Arc<Self>, cause: EjectionCause, error: &Error) {
+        if self.gate.is_shut() {
+            return;
+        }
+        self.say_unavailable(error);
+        if !self.gate.open((cause, error.clone()), Instant::now()) {
+            return;
+        }
+        self.ejections.fetch_add(1, Ordering::AcqRel);
+        self.meters.ejected(cause.name());
+        self.changed();
+        // What is on the way to it must not wait for it; nor will what it answers late be believed.
+        if let Some(transport) = &self.transport {
+            transport.drain(&self.unavailable());
+        }
+        self.ensure_kept();
+        self.wake.notify_one();
+    }
+
+    fn say_unavailable(&self, cause: &Error) {
+        let message = format!("its circuit breaker is open, since: {cause}");
+        let error = Error::new(ErrorKind::NodeUnavailable, message).at_node(&self.name);
+        self.unavailable.store(Some(Arc::new(error)));
+    }
+
+    pub(super) fn unavailable(&self) -> Error {
+        match &*self.unavailable.load() {
+            Some(error) => Error::clone(error),
+            None => Error::new(ErrorKind::NodeUnavailable, "it is out").at_node(&self.name),
+        }
+    }
+
+    pub(super) fn probe_failed(&self, error: &Error) {
+        let was_half_open = self.gate.state() == BreakerState::HalfOpen;
+        let error = error.clone().at_node(&self.name);
+        self.gate.probe_failed((EjectionCause::Probe, error));
+        if was_half_open {
+            self.changed();
+        }
+    }
+
+    /// Half-open to ramping.
+    pub(super) fn readmit(&self) {
+        self.policy.reset();
+        if self.gate.readmit(Instant::now()) {
+            self.meters.count(Counted::Readmission);
+            self.changed();
+        }
+    }
+
+    /// One was asked for while the node was out: it is made up for before it is readmitted.
+    pub(super) fn flush_wanted(&self) -> bool {
+        self.flush_wanted.load(Ordering::Acquire)
+    }
+
+    pub(super) fn flushed(&self) {
+        self.flush_wanted.store(false, Ordering::Release);
+        self.journal.flushed();
+    }
+
+    /// One keeper, started again should it ever die.
+    pub(crate) fn ensure_kept(self: &Arc<Self>) {
+        if self.kept.load(Ordering::Acquire) || self.closed.load(Ordering::Acquire) {
+            return;
+        }
+        if !self.kept.swap(true, Ordering::AcqRel) && keeper::spawn(self).is_err() {
+            // No runtime here; the next request may come from inside one.
+            self.keeper_ended();
+        }
+    }
+
+    pub(super) fn keeper_ended(&self) {
+        self.kept.store(false, Ordering::Release);
+    }
+
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.in_use.send_replace(());
+        if let Some(transport) = &self.transport {
+            transport.close();
+        }
+    }
+
+    /// How long a probe may take: to connect, to write and to read. Without a transport that says
+    /// how long connecting may take, as long again for that.
+    pub(super) fn probe_within(&self) -> Duration {
+        let attempt = self.settings.attempt_timeout;
+        self.settings.probe.timeout.unwrap_or_else(|| {
+            let connecting = self.transport.as_ref().map(Pipelined::connect_within);
+            connecting
+                .unwrap_or(attempt.saturating_mul(2))
+                .saturating_add(attempt.saturating_mul(2))
+        })
+    }
+
+    /// Takes a place among the requests in flight, to be given back with [`Self::leave`].
+    pub(super) fn enter(self: &Arc<Self>, origin: Origin, asked: &mut Asked) -> Result<()> {
+        self.ensure_kept();
+        if self.gate.is_shut() {
+            return Err(self.unavailable());
+        }
+        let limit = match origin {
+            Origin::Home => self.settings.max_in_flight,
+            Origin::Moved => (self.settings.max_in_flight / 2).max(1),
+        };
+        let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
+        if before >= limit {
+            self.leave();
+            let error = Error::new(ErrorKind::Overloaded, "its in-flight limit is reached");
+            return Err(error.at_node(&self.name));
+        }
+        if let Some(key) = &asked.written
+            && asked.blind
+        {
+            asked.hold = self.journal.hold(key);
+        }
+        Ok(())
+    }
+
+    pub(super) fn leave(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Learns from the outcome of a request, begun then; `None` if its future was dropped.
+    pub(super) fn learn(
+        self: &Arc<Self>,
+        asked: &mut Asked,
+        outcome: Option<&Result<Response>>,
+        started: Instant,
+    ) {
+        let now = Instant::now();
+        let verdict = Verdict::of(outcome);
+        let elapsed = now.saturating_duration_since(started);
+        let answered = matches!(verdict, Verdict::Answered).then_some(elapsed);
+        self.meters
+            .request(asked.operation, verdict.outcome(), answered);
+        self.remember(asked, outcome);
+        match verdict {
+            Verdict::Answered => {
+                self.latencies.record(elapsed);
+                // The transport has told already, and from nearer by.
+                if self.transport.is_none() {
+                    self.answered(elapsed, started, now);
+                }
+            }
+            Verdict::Fault(error) => self.blame(error, started, now),
+            Verdict::NotTheNodes | Verdict::CallerLeft | Verdict::OurLateness => {}
+        }
+    }
+
+    /// The breaker has refused a request.
+    pub(super) fn refused(self: &Arc<Self>, asked: &mut Asked, error: &Error) {
+        let outcome = Err(error.clone());
+        let verdict = Verdict::of(Some(&outcome));
+        self.meters
+            .request(asked.operation, verdict.outcome(), None);
+        self.remember(asked, Some(&outcome));
+    }
+
+    /// What a request leaves to be made up for later.
+    fn remember(self: &Arc<Self>, asked: &mut Asked, outcome: Option<&Result<Response>>) {
+        if let (Some(key), Some(hold)) = (&asked.written, asked.hold.take()) {
+            let acknowledged = matches!(outcome, Some(Ok(_)));
+            if self.journal.release(key, hold, acknowledged) {
+                self.wake.notify_one();
+            }
+        }
+        let error = match outcome {
+            Some(Ok(_)) => return,
+            Some(Err(error)) => error,
+            // Our own transport tells what comes of it.
+            None if self.transport.is_some() => return,
+            None => {
+                if let Some(key) = &asked.written {
+                    self.outdate(key, Reason::InDoubt);
+                }
+                return;
+            }
+        };
+        let out = error.kind() == ErrorKind::NodeUnavailable;
+        if asked.flush && out {
+            self.flush_wanted.store(true, Ordering::Release);
+        }
+        let Some(key) = &asked.written else { return };
+        if error.sent() == Sent::Maybe {
+            self.outdate(key, Reason::of(error));
+        } else if out {
+            self.outdate(key, Reason::Outdated);
+        }
+    }
+
+    fn answered(self: &Arc<Self>, elapsed: Duration, started: Instant, now: Instant) {
+        self.policy.answered(1, now);
+        if elapsed > self.policy.slow_after()
+            && let Some(trip) = self.policy.slow(1, started, now)
+        {
+            self.trip(trip, None);
+        }
+    }
+
+    fn blame(self: &Arc<Self>, error: &Error, started: Instant, now: Instant) {
+        if self.gate.state() == BreakerState::Ramping {
+            self.open(EjectionCause::Ramp, error);
+            return;
+        }
+        // Our transport reports these by itself; whatever else is below cannot.
+        let lost = matches!(
+            error.kind(),
+            ErrorKind::ConnectionFailed | ErrorKind::Unresponsive
+        );
+        if self.transport.is_none() && lost {
+            self.open(EjectionCause::of_lost(error.kind()), error);
+            return;
+        }
+        // It has judged its own time-outs as well, connection by connection.
+        let counted = self.times_attempts && error.is_timeout();
+        let in_a_row = counted.then(|| self.policy.timed_out(started)).flatten();
+        if let Some(trip) = in_a_row.or_else(|| self.policy.failed(started, now)) {
+            self.trip(trip, Some(error));
+        }
+    }
+
+    fn trip(self: &Arc<Self>, trip: Trip, last: Option<&Error>) {
+        let (cause, kind, message) = match trip {
+            Trip::Timeouts(count) => (
+                EjectionCause::Timeouts,
+                ErrorKind::Timeout,
+                format!("{count} time-outs in a row"),
+            ),
+            Trip::Failures { failed, of } => (
+                EjectionCause::FailureRate,
+                last.map_or(ErrorKind::Timeout, Error::kind),
+                format!("{failed} of {of} requests failed within 10 s"),
+            ),
+            Trip::Slow { slow, of } => (
+                EjectionCause::SlowCalls,
+                ErrorKind::Timeout,
+                format!("{slow} of {of} requests were slow within 10 s"),
+            ),
+        };
+        let mut error = Error::new(kind, message).at_node(&self.name);
+        if let Some(last) = last {
+            error = error.with_source(last.clone());
+        }
+        self.open(cause, &error);
+    }
+}
+
+/// What the transport says of its connections.
+pub(super) struct Watch {
+    pub(super) node: Weak<Shared>,
+    pub(super) policy: Arc<Policy>,
+}
+
+impl Observer for Watch {
+    fn answered(&self, requests: u32, now: Instant) {
+        self.policy.answered(requests, now);
+    }
+
+    fn slow_after(&self) -> Duration {
+        self.policy.slow_after()
+    }
+
+    fn observe(&self, event: &Event<'_>) {
+        let Some(shared) = self.node.upgrade() else {
+            return;
+        };
+        match event {
+            // While other connections answer, a dial that fails does not condemn the node.
+            Event::ConnectFailed {
+                failure,
+                error,
+                others_up,
+                most_dead,
+            } => {
+                if failure.is_the_nodes() && (*others_up == 0 || *most_dead) {
+                    let cause = match failure {
+                        ConnectFailure::Refused => EjectionCause::Refused,
+                        _ => EjectionCause::ConnectFailed,
+                    };
+                    shared.open(cause, error);
+                }
+            }
+            // Once is the connection's fault: memcached gives each to one of its threads, and one
+            // can hang alone.
+            Event::Unresponsive { error, most_dead } => {
+                if *most_dead {
+                    shared.open(EjectionCause::Unresponsive, error);
+                }
+            }
+            Event::Slow { requests, sent_at } => {
+                if let Some(trip) = self.policy.slow(*requests, *sent_at, Instant::now()) {
+                    shared.trip(trip, None);
+                }
+            }
+            Event::InDoubt { keys, error } => {
+                for key in keys {
+                    shared.outdate(key, Reason::of(error));
+                }
+            }
+        }
+    }
+}
+
+/// A way to ask a service.
+pub(super) fn asker<S>(service: S) -> Asker
+where
+    S: tower::Service<Request, Response = Response> + Clone + Send + Sync + 'static,
+    S::Error: Into<crate::error::BoxError> + Send,
+    S::Future: Send,
+{
+    Box::new(move |request| -> BoxFuture<'static, _> { Box::pin(request.ask(service.clone())) })
+}
