@@ -207,16 +207,17 @@ impl Agenda {
         if let Some(transport) = &shared.transport {
             transport.end_backoff();
         }
-        let overflowed = shared.journal.has_overflowed();
-        let flush = overflowed && shared.settings.journal.overflow == JournalOverflow::Flush;
+        let policy = shared.settings.journal.overflow;
+        let overflowed = shared.journal.has_overflowed() && policy != JournalOverflow::Serve;
+        let flush = overflowed && policy == JournalOverflow::Flush;
         if shared.flush_wanted() || flush {
             within(shared, (shared.asker)(Request::new(Operation::FlushAll))).await?;
             shared.flushed();
-        } else if overflowed && self.restarted(shared).await? {
+        } else if overflowed {
+            if !self.restarted(shared).await? {
+                return Err(journal_overflowed());
+            }
             shared.journal.flushed();
-        }
-        if shared.journal.has_overflowed() {
-            return Err(journal_overflowed());
         }
         // What enters while this goes on is seen to afterwards: it is not used until then.
         while delete_due(shared).await? == DELETIONS {}

@@ -9,6 +9,7 @@ mod lifecycle;
 mod operations;
 mod real_memcached;
 mod sockets;
+mod staleness;
 mod subtleties;
 mod support;
 mod wire_faults;

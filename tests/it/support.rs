@@ -67,15 +67,17 @@ pub(crate) fn state<S>(client: &Client<S>, index: usize) -> BreakerState {
 }
 
 pub(crate) async fn until_open<S>(client: &Client<S>, index: usize) {
-    eventually("the breaker opens", || {
-        state(client, index) == BreakerState::Open
-    })
-    .await;
+    let until = Instant::now() + PATIENCE;
+    while state(client, index) != BreakerState::Open {
+        assert!(Instant::now() < until, "never open: {:?}", client.nodes());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
 }
 
 pub(crate) async fn until_closed<S>(client: &Client<S>, index: usize) {
-    eventually("the breaker closes", || {
-        state(client, index) == BreakerState::Closed
-    })
-    .await;
+    let until = Instant::now() + PATIENCE;
+    while state(client, index) != BreakerState::Closed {
+        assert!(Instant::now() < until, "never closed: {:?}", client.nodes());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
 }
