@@ -37,9 +37,11 @@
 //! ```
 
 mod memcached;
+mod proxy;
 mod server;
 
 pub use self::memcached::{Memcached, NotInstalled};
+pub use self::proxy::{Ending, Flow, Proxy, Toxics};
 #[doc(hidden)]
 pub use self::server::fuzz_server_parser;
 pub use self::server::{Admission, Server, ServerBuilder};
