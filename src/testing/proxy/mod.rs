@@ -320,13 +320,28 @@ impl Drop for Registration {
 impl Connection {
     async fn run(mut self) {
         let mut ordered = pin!(ordered_ending(self.state.clone(), self.closes, self.resets));
+        let mut connecting = pin!(connect(self.state.clone()));
         let connected = tokio::select! {
-            ending = &mut ordered => Err(ending),
-            connected = connect(self.state.clone()) => connected,
+            biased;
+            ending = &mut ordered => {
+                end(ending, self.client).await;
+                // The server may have accepted already.
+                if let Some(server) = connecting.await {
+                    end(ending, server).await;
+                }
+                return;
+            }
+            connected = &mut connecting => connected,
         };
-        let mut server = match connected {
-            Ok(server) => server,
-            Err(ending) => return end(ending, &mut self.client).await,
+        let Some(mut server) = connected else {
+            // The client gets to know if anything comes back at all.
+            let passes = |state: &State| state.lanes[1].toxics.gate == Gate::Open;
+            let ending = tokio::select! {
+                biased;
+                ending = ordered => ending,
+                _ = self.state.wait_for(passes) => Ending::Reset,
+            };
+            return end(ending, self.client).await;
         };
         let was_reset = Default::default();
         let pump = |lane| {
@@ -347,8 +362,8 @@ impl Connection {
                 )
             } => ended.err().unwrap_or(Ending::Close),
         };
-        end(ending, &mut self.client).await;
-        end(ending, &mut server).await;
+        end(ending, self.client).await;
+        end(ending, server).await;
     }
 }
 
@@ -413,21 +428,22 @@ async fn ordered_ending(mut state: watch::Receiver<State>, closes: u64, resets: 
     }
 }
 
-async fn connect(mut state: watch::Receiver<State>) -> Result<TcpStream, Ending> {
+/// Connects to the server, unless that fails or the handle is gone.
+async fn connect(mut state: watch::Receiver<State>) -> Option<TcpStream> {
     let upstream = state.borrow().upstream;
-    if let Ok(server) = TcpStream::connect(upstream).await {
-        // As with the client.
-        let _ = server.set_nodelay(true);
-        return Ok(server);
+    tokio::select! {
+        server = TcpStream::connect(upstream) => {
+            let server = server.ok()?;
+            // As with the client.
+            let _ = server.set_nodelay(true);
+            Some(server)
+        }
+        _ = state.wait_for(|_| false) => None,
     }
-    // The client gets to know if anything comes back at all.
-    let passes = |state: &State| state.lanes[1].toxics.gate == Gate::Open;
-    let _ = state.wait_for(passes).await;
-    Err(Ending::Reset)
 }
 
-/// Makes dropping the stream end it like this.
-async fn end(ending: Ending, stream: &mut TcpStream) {
+/// Ends the stream like this.
+async fn end(ending: Ending, mut stream: TcpStream) {
     // Failing that, the peer has gone or sees an ordinary close.
     let _ = match ending {
         Ending::Reset => stream.set_zero_linger(),
