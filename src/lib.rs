@@ -45,8 +45,8 @@
 //!
 //! # Feature flags
 //!
-//! - `testing`: an in-process memcached with run-time faults, and control of real memcached
-//!   processes, for tests.
+//! - `testing`: an in-process memcached with run-time faults, a TCP proxy with toxics, and control
+//!   of real memcached processes, for tests.
 
 #![forbid(unsafe_code)]
 

@@ -299,3 +299,234 @@ fn later(instant: Instant, by: Duration) -> Instant {
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3_600);
     instant.checked_add(by).unwrap_or_else(|| instant + YEAR)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use tokio::io::DuplexStream;
+    use tokio::task::JoinHandle;
+
+    use super::*;
+
+    /// What was written in one go, and when, in milliseconds since the rig was made. The end is an empty write.
+    type Writes = Vec<(u64, Vec<u8>)>;
+
+    struct Recorder {
+        writes: Writes,
+        began: Instant,
+        /// Bytes it takes at once.
+        most: usize,
+        fails_with: Option<io::ErrorKind>,
+    }
+
+    impl Recorder {
+        fn record(&mut self, bytes: &[u8]) {
+            let now = self.began.elapsed().as_millis();
+            self.writes.push((now as u64, bytes.to_vec()));
+        }
+    }
+
+    impl AsyncWrite for &mut Recorder {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            if let Some(kind) = self.fails_with {
+                return Poll::Ready(Err(kind.into()));
+            }
+            let size = bytes.len().min(self.most);
+            self.record(&bytes[..size]);
+            Poll::Ready(Ok(size))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.record(b"");
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    struct Rig {
+        state: watch::Sender<State>,
+        sender: DuplexStream,
+        pump: JoinHandle<(Writes, Result<(), Ending>)>,
+    }
+
+    /// The upstream pump of the connection of this number, under tokio's clock.
+    fn rig(number: u64, toxics: Toxics, most: usize, fails_with: Option<io::ErrorKind>) -> Rig {
+        let mut lanes: [super::super::Lane; 2] = Default::default();
+        lanes[0].toxics = toxics;
+        let (state, receiver) = watch::channel(State {
+            upstream: ([127, 0, 0, 1], 1).into(),
+            resets_new: false,
+            lanes,
+            closes: 0,
+            resets: 0,
+        });
+        let (sender, reader) = tokio::io::duplex(1 << 16);
+        let pump = tokio::spawn(async move {
+            let mut recorder = Recorder {
+                writes: Vec::new(),
+                began: Instant::now(),
+                most,
+                fails_with,
+            };
+            let (counters, was_reset) = (Counters::default(), Default::default());
+            let ended = Pump::new(0, number, receiver, 0, &counters, &was_reset)
+                .run(reader, &mut recorder)
+                .await;
+            let received = counters.received[0].load(Ordering::SeqCst);
+            let forwarded = counters.forwarded[0].load(Ordering::SeqCst);
+            assert!(forwarded <= received);
+            (recorder.writes, ended)
+        });
+        Rig {
+            state,
+            sender,
+            pump,
+        }
+    }
+
+    /// What becomes of chunks sent 10 ms apart, and of the end after them.
+    async fn pumped(number: u64, toxics: Toxics, chunks: &[&str]) -> Writes {
+        let mut rig = rig(number, toxics, usize::MAX, None);
+        for chunk in chunks {
+            let sent = rig.sender.write_all(chunk.as_bytes()).await;
+            sent.expect("it can be written");
+            tokio::time::sleep(ms(10)).await;
+        }
+        drop(rig.sender);
+        let (writes, ended) = rig.pump.await.expect("no panic");
+        assert_eq!(ended, Ok(()));
+        writes
+    }
+
+    fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    fn writes(expected: &[(u64, &str)]) -> Writes {
+        let write = |&(at, bytes): &(u64, &str)| (at, bytes.as_bytes().to_vec());
+        expected.iter().map(write).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn chunks_are_delivered_when_they_are_due() {
+        let chunks = ["a", "b", "c"];
+        let sound = pumped(1, Toxics::new(), &chunks).await;
+        assert_eq!(sound, writes(&[(0, "a"), (10, "b"), (20, "c"), (30, "")]));
+        let late = pumped(1, Toxics::new().latency(ms(25), ms(0)), &chunks).await;
+        assert_eq!(late, writes(&[(25, "a"), (35, "b"), (45, "c"), (55, "")]));
+        // The end is no chunk.
+        let late = pumped(1, Toxics::new().late_every(2, ms(50)), &chunks).await;
+        assert_eq!(late, writes(&[(0, "a"), (60, "b"), (60, "c"), (60, "")]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn jitter_is_the_same_for_the_same_connection() {
+        let toxics = Toxics::new().latency(ms(5), ms(100));
+        let chunks = ["a", "b", "c", "d", "e", "f"];
+        let first = pumped(1, toxics, &chunks).await;
+        assert_eq!(first, pumped(1, toxics, &chunks).await);
+        assert_ne!(first, pumped(2, toxics, &chunks).await);
+        let received: Vec<u8> = first.iter().flat_map(|(_, bytes)| bytes.clone()).collect();
+        assert_eq!(received, b"abcdef");
+        for ((at, _), sent) in first.iter().zip((0..).step_by(10)) {
+            assert!(
+                *at >= sent + 5 && *at <= 50 + 106,
+                "sent at {sent}, delivered at {at}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slices_are_written_one_by_one() {
+        let paused = pumped(1, Toxics::new().slice(2, ms(7)), &["abcde"]).await;
+        assert_eq!(paused, writes(&[(0, "ab"), (7, "cd"), (14, "e"), (21, "")]));
+        let at_once = pumped(1, Toxics::new().slice(2, ms(0)), &["abcde", "f"]).await;
+        assert_eq!(
+            at_once,
+            writes(&[(0, "ab"), (0, "cd"), (0, "e"), (10, "f"), (20, "")])
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bandwidth_is_kept_however_much_is_sent() {
+        let second = "x".repeat(10_000);
+        let written = pumped(1, Toxics::new().bandwidth(10_000), &[&second, &second]).await;
+        let mut sum = 0;
+        for (at, bytes) in &written {
+            // What one write may hold, and the credit.
+            assert!(sum <= at * 10 + 200, "{sum} bytes after {at} ms");
+            sum += bytes.len() as u64;
+        }
+        assert_eq!(sum, 20_000);
+        let (end, _) = written.last().expect("an end");
+        assert!((1_950..=2_050).contains(end), "it took {end} ms");
+        // Less than one byte in a fiftieth of a second.
+        let slow = pumped(1, Toxics::new().bandwidth(2), &["abc"]).await;
+        assert_eq!(
+            slow,
+            writes(&[(0, "a"), (500, "b"), (1_000, "c"), (1_500, "")])
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_receiver_gets_every_byte_once() {
+        let toxics = Toxics::new().corrupt_every(2, 0x20);
+        let mut rig = rig(1, toxics, 3, None);
+        let sent = rig.sender.write_all(b"aaaaaaaa").await;
+        sent.expect("it can be written");
+        drop(rig.sender);
+        let (written, ended) = rig.pump.await.expect("no panic");
+        assert_eq!(
+            written,
+            writes(&[(0, "aAa"), (0, "AaA"), (0, "aA"), (0, "")])
+        );
+        assert_eq!(ended, Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_receiver_that_has_gone_does_not_stop_the_sender() {
+        let mut rig = rig(1, Toxics::new(), 1, Some(io::ErrorKind::BrokenPipe));
+        // More than is ever queued.
+        for _ in 0..100 {
+            let sent = rig.sender.write_all(&[0; 1 << 16]).await;
+            sent.expect("it can be written");
+        }
+        drop(rig.sender);
+        assert_eq!(rig.pump.await.expect("no panic"), (Vec::new(), Ok(())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_toxics_hold_for_what_is_on_its_way() {
+        let mut rig = rig(
+            1,
+            Toxics::new().latency(Duration::MAX, ms(0)),
+            usize::MAX,
+            None,
+        );
+        let sent = rig.sender.write_all(b"a").await;
+        sent.expect("it can be written");
+        tokio::time::sleep(ms(10)).await;
+        rig.state.send_modify(|state| {
+            state.lanes[0].toxics = Toxics::new().latency(ms(15), ms(0));
+            state.lanes[0].generation += 1;
+        });
+        tokio::time::sleep(ms(10)).await;
+        drop(rig.state);
+        let (written, ended) = rig.pump.await.expect("no panic");
+        assert_eq!(written, writes(&[(15, "a")]));
+        assert_eq!(
+            ended,
+            Err(Ending::Close),
+            "without a handle everything ends"
+        );
+    }
+}
