@@ -69,10 +69,9 @@ pub struct NodeStatus {
     pub state: BreakerState,
     /// Since when it is in this state.
     pub since: SystemTime,
-    /// What the breaker opened for the last time, or why the node is still out; `None` if it never
-    /// opened.
+    /// What the breaker opened for the last time; `None` if it never did.
     pub cause: Option<EjectionCause>,
-    /// The same in detail.
+    /// The same in detail, or if probes of it have failed since, why the last one did.
     pub last_cause: Option<Error>,
     /// Requests at it now.
     pub in_flight: usize,

@@ -315,7 +315,10 @@ impl Shared {
     pub(super) fn probe_failed(&self, error: &Error) {
         let was_half_open = self.gate.state() == BreakerState::HalfOpen;
         let error = error.clone().at_node(&self.name);
-        self.gate.probe_failed((EjectionCause::Probe, error));
+        // What it was ejected for stays what it was.
+        let cause = self.gate.cause();
+        let cause = cause.map_or(EjectionCause::Probe, |(cause, _)| cause);
+        self.gate.probe_failed((cause, error));
         if was_half_open {
             self.changed();
         }

@@ -4,6 +4,7 @@
 
 mod deadlines;
 mod failure_modes;
+mod health;
 mod layers;
 mod lifecycle;
 mod operations;

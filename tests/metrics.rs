@@ -1,0 +1,156 @@
+//! What is counted. A recorder is there for the whole process, so this is a process of its own.
+#![cfg(feature = "testing")]
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
+use tokio::time::{Instant, sleep};
+use tower_memcached::testing::Server;
+use tower_memcached::{BreakerState, Client, Ttl, telemetry};
+
+/// What has been told, by name and labels.
+#[derive(Clone, Default)]
+struct Recorder(Arc<Mutex<HashMap<String, Arc<AtomicU64>>>>);
+
+struct Recorded(Arc<AtomicU64>);
+
+impl HistogramFn for Recorded {
+    fn record(&self, _: f64) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Recorder {
+    fn cell(&self, key: &Key) -> Arc<AtomicU64> {
+        let label = |label: &metrics::Label| format!("{}={}", label.key(), label.value());
+        let labels: Vec<_> = key.labels().map(label).collect();
+        let name = format!("{}{{{}}}", key.name(), labels.join(","));
+        self.0.lock().unwrap().entry(name).or_default().clone()
+    }
+
+    /// The sum over all whose name and labels contain each of these.
+    fn told(&self, parts: &[&str]) -> u64 {
+        let cells = self.0.lock().unwrap();
+        let fitting = cells
+            .iter()
+            .filter(|(name, _)| parts.iter().all(|part| name.contains(part)));
+        fitting.map(|(_, cell)| cell.load(Ordering::Relaxed)).sum()
+    }
+}
+
+impl metrics::Recorder for Recorder {
+    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
+
+    fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
+        Counter::from_arc(self.cell(key))
+    }
+
+    fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
+        Gauge::from_arc(self.cell(key))
+    }
+
+    fn register_histogram(&self, key: &Key, _: &Metadata<'_>) -> Histogram {
+        Histogram::from_arc(Arc::new(Recorded(self.cell(key))))
+    }
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < until, "never: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_no_key() {
+    let servers = [Server::new(), Server::new(), Server::new()];
+    let mut addresses = Vec::new();
+    for server in &servers {
+        addresses.push(server.listen().await.unwrap().to_string());
+    }
+    let client = Client::builder()
+        .nodes(&addresses)
+        .attempt_timeout(Duration::from_millis(100))
+        .timeout(Duration::from_secs(2))
+        .build()
+        .unwrap();
+    let keys: Vec<_> = (0..30).map(|n| format!("secret-{n}")).collect();
+    for key in &keys {
+        client.set(key, "v", Ttl::NEVER).await.unwrap();
+    }
+    let recorder = Recorder::default();
+    metrics::set_global_recorder(recorder.clone()).unwrap();
+
+    // Handles from before know nothing of it; they are made anew every 10 s.
+    let asked = Instant::now();
+    let answered = [telemetry::REQUESTS, "operation=set", "outcome=answered"];
+    let at = |address: &String| recorder.told(&[&answered[..], &[address]].concat());
+    while addresses.iter().any(|address| at(address) == 0) {
+        for key in &keys {
+            client.set(key, "v", Ttl::NEVER).await.unwrap();
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert!(
+        asked.elapsed() < Duration::from_secs(14),
+        "{:?}",
+        asked.elapsed()
+    );
+    let told = || [&answered[..], &[telemetry::LATENCY]].map(|names| recorder.told(names));
+    let before = told();
+    for key in &keys {
+        client.set(key, "v", Ttl::NEVER).await.unwrap();
+    }
+    assert_eq!(told(), before.map(|count| count + 30));
+    for address in &addresses {
+        let probed = [telemetry::PROBES, "result=success", address];
+        assert!(recorder.told(&probed) > 0);
+    }
+
+    servers[1].stall();
+    let node = format!("node={}", addresses[1]);
+    while client.nodes()[1].state == BreakerState::Closed {
+        for key in &keys {
+            client.set(key, "w", Ttl::NEVER).await.unwrap();
+        }
+    }
+    for key in &keys {
+        client.set(key, "w", Ttl::NEVER).await.unwrap();
+    }
+    assert_eq!(recorder.told(&[telemetry::EJECTIONS, &node, "cause="]), 1);
+    assert!(recorder.told(&[telemetry::FAILOVERS, &node]) > 0);
+    until("the journal shows", || {
+        recorder.told(&[telemetry::JOURNAL_KEYS, &node]) > 0
+    })
+    .await;
+    assert!(recorder.told(&[telemetry::BREAKER_STATE, &node]) > 0);
+    servers[1].resume();
+    until("it is back", || {
+        recorder.told(&[telemetry::READMISSIONS, &node]) == 1
+    })
+    .await;
+    until("the journal is worked off", || {
+        recorder.told(&[telemetry::JOURNAL_DELETIONS, &node]) > 0
+    })
+    .await;
+    for name in [
+        telemetry::IN_FLIGHT,
+        telemetry::QUEUE_DEPTH,
+        telemetry::CONNECTIONS,
+    ] {
+        let names = recorder.0.lock().unwrap();
+        assert!(names.keys().any(|known| known.starts_with(name)), "{name}");
+    }
+
+    let names = recorder.0.lock().unwrap();
+    assert!(
+        names.keys().all(|name| !name.contains("secret")),
+        "{names:?}"
+    );
+}
