@@ -269,6 +269,17 @@ async fn a_blackhole_delivers_late() {
     assert_eq!(line.proxy.open_connections(), 1);
     line.proxy.heal().expect("it listens");
     assert_eq!(rest(&mut server).await, fin(b"zombie"));
+
+    // A reset does not overtake the bytes either.
+    let (mut client, mut server) = line.connect().await;
+    line.proxy.set(Flow::Upstream, Toxics::new().blackhole());
+    send(&mut client, b"zombie").await;
+    has_received(&line.proxy, 12).await;
+    client.set_zero_linger().expect("a socket option");
+    drop(client);
+    assert!(is_silent(&mut server).await);
+    line.proxy.heal().expect("it listens");
+    assert_eq!(rest(&mut server).await, reset(b"zombie"));
 }
 
 #[tokio::test]
@@ -437,6 +448,16 @@ async fn data_limits_end_connections_at_the_byte() {
     line.proxy
         .set(Flow::Upstream, Toxics::new().limit_data(0, Ending::Reset));
     assert_eq!(rest(&mut client).await, reset(b""));
+    line.proxy.heal().expect("it listens");
+    let (mut client, _server) = line.connect().await;
+    let limit = Toxics::new().limit_data(0, Ending::Close);
+    line.proxy.set(Flow::Upstream, limit.blackhole());
+    assert!(
+        is_silent(&mut client).await,
+        "an end came through a blackhole"
+    );
+    line.proxy.set(Flow::Upstream, limit);
+    assert_eq!(rest(&mut client).await, fin(b""));
 }
 
 #[tokio::test]
@@ -486,12 +507,9 @@ async fn half_close_leaves_the_other_direction_open() {
             _ => (server, client),
         };
         line.proxy.set(flow, Toxics::new().latency(ms(100), ms(0)));
+        let expected = line.proxy.bytes_received(flow) + 10;
         send(&mut sender, b"on its way").await;
-        let before = line.proxy.bytes_received(flow);
-        until("the bytes", || {
-            line.proxy.bytes_received(flow) >= before.max(10)
-        })
-        .await;
+        until("the bytes", || line.proxy.bytes_received(flow) == expected).await;
         line.proxy.half_close(flow);
         assert_eq!(rest(&mut receiver).await, fin(b"on its way"));
         send(&mut sender, b"lost").await;
@@ -597,12 +615,15 @@ async fn resets_go_through() {
     let line = Line::new().await;
     for while_writing in [false, true] {
         let (mut client, server) = line.connect().await;
+        if while_writing {
+            // It is the proxy's write that meets the reset, or its read.
+            while timeout(ms(200), client.write_all(&[0; 65_536]))
+                .await
+                .is_ok()
+            {}
+        }
         server.set_zero_linger().expect("a socket option");
         drop(server);
-        if while_writing {
-            // It is the write that meets the reset, or the read.
-            let _ = client.write_all(&[0; 1_000]).await;
-        }
         assert_eq!(rest(&mut client).await, reset(b""));
         let (client, mut server) = line.connect().await;
         client.set_zero_linger().expect("a socket option");

@@ -358,6 +358,15 @@ mod tests {
         pump: JoinHandle<(Writes, Result<(), Ending>)>,
     }
 
+    impl Rig {
+        fn set(&self, toxics: Toxics) {
+            self.state.send_modify(|state| {
+                state.lanes[0].toxics = toxics;
+                state.lanes[0].generation += 1;
+            });
+        }
+    }
+
     /// The upstream pump of the connection of this number, under tokio's clock.
     fn rig(number: u64, toxics: Toxics, most: usize, fails_with: Option<io::ErrorKind>) -> Rig {
         let mut lanes: [super::super::Lane; 2] = Default::default();
@@ -515,10 +524,7 @@ mod tests {
         let sent = rig.sender.write_all(b"a").await;
         sent.expect("it can be written");
         tokio::time::sleep(ms(10)).await;
-        rig.state.send_modify(|state| {
-            state.lanes[0].toxics = Toxics::new().latency(ms(15), ms(0));
-            state.lanes[0].generation += 1;
-        });
+        rig.set(Toxics::new().latency(ms(15), ms(0)));
         tokio::time::sleep(ms(10)).await;
         drop(rig.state);
         let (written, ended) = rig.pump.await.expect("no panic");
@@ -528,5 +534,36 @@ mod tests {
             Err(Ending::Close),
             "without a handle everything ends"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn discarding_spares_the_end() {
+        let toxics = Toxics::new().latency(Duration::MAX, ms(0));
+        let mut rig = rig(1, toxics, usize::MAX, None);
+        let sent = rig.sender.write_all(b"lost").await;
+        sent.expect("it can be written");
+        drop(std::mem::replace(&mut rig.sender, tokio::io::duplex(1).0));
+        tokio::time::sleep(ms(10)).await;
+        rig.set(Toxics::new().discard());
+        tokio::time::sleep(ms(10)).await;
+        rig.set(Toxics::new());
+        let (written, ended) = rig.pump.await.expect("no panic");
+        assert_eq!((written, ended), (writes(&[(20, "")]), Ok(())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_follows_the_end() {
+        let mut rig = rig(1, Toxics::new().latency(ms(15), ms(0)), usize::MAX, None);
+        for (half_closes, bytes) in [(1, b"in time"), (1, b"too old"), (2, b"too new")] {
+            let sent = rig.sender.write_all(bytes).await;
+            sent.expect("it can be written");
+            tokio::time::sleep(ms(10)).await;
+            rig.state
+                .send_modify(|state| state.lanes[0].half_closes = half_closes);
+        }
+        drop(rig.sender);
+        let (written, ended) = rig.pump.await.expect("no panic");
+        assert_eq!(written, writes(&[(15, "in time"), (25, "")]));
+        assert_eq!(ended, Ok(()));
     }
 }
