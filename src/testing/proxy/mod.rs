@@ -51,7 +51,7 @@ const BACKLOG: u32 = 1_024;
 /// let proxy = Proxy::listen(server.listen().await?).await?;
 /// let mut stream = TcpStream::connect(proxy.address()).await?;
 ///
-/// // Only replies are lost: the write is executed, and the client does not know.
+/// // Only replies do not come through: the write is executed, and the client does not know.
 /// proxy.set(Flow::Downstream, Toxics::new().blackhole());
 /// stream.write_all(b"set greeting 0 0 5\r\nhello\r\n").await?;
 /// let mut reply = [0; 8];

@@ -367,17 +367,21 @@ mod tests {
         }
     }
 
-    /// The upstream pump of the connection of this number, under tokio's clock.
-    fn rig(number: u64, toxics: Toxics, most: usize, fails_with: Option<io::ErrorKind>) -> Rig {
+    fn watched(toxics: Toxics) -> (watch::Sender<State>, watch::Receiver<State>) {
         let mut lanes: [super::super::Lane; 2] = Default::default();
         lanes[0].toxics = toxics;
-        let (state, receiver) = watch::channel(State {
+        watch::channel(State {
             upstream: ([127, 0, 0, 1], 1).into(),
             resets_new: false,
             lanes,
             closes: 0,
             resets: 0,
-        });
+        })
+    }
+
+    /// The upstream pump of the connection of this number, under tokio's clock.
+    fn rig(number: u64, toxics: Toxics, most: usize, fails_with: Option<io::ErrorKind>) -> Rig {
+        let (state, receiver) = watched(toxics);
         let (sender, reader) = tokio::io::duplex(1 << 16);
         let pump = tokio::spawn(async move {
             let mut recorder = Recorder {
@@ -478,6 +482,15 @@ mod tests {
         assert_eq!(sum, 20_000);
         let (end, _) = written.last().expect("an end");
         assert!((1_950..=2_050).contains(end), "it took {end} ms");
+        // Idleness is not made up for.
+        let mut rig = rig(1, Toxics::new().bandwidth(10_000), usize::MAX, None);
+        tokio::time::sleep(ms(5_000)).await;
+        let sent = rig.sender.write_all(second.as_bytes()).await;
+        sent.expect("it can be written");
+        drop(rig.sender);
+        let (written, _) = rig.pump.await.expect("no panic");
+        let (end, _) = written.last().expect("an end");
+        assert!((5_950..=6_050).contains(end), "it ended after {end} ms");
         // Less than one byte in a fiftieth of a second.
         let slow = pumped(1, Toxics::new().bandwidth(2), &["abc"]).await;
         assert_eq!(
@@ -554,7 +567,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nothing_follows_the_end() {
         let mut rig = rig(1, Toxics::new().latency(ms(15), ms(0)), usize::MAX, None);
-        for (half_closes, bytes) in [(1, b"in time"), (1, b"too old"), (2, b"too new")] {
+        for (half_closes, bytes) in [
+            (1, b"in time"),
+            (1, b"too old"),
+            (2, b"too new"),
+            (2, b"at last"),
+        ] {
             let sent = rig.sender.write_all(bytes).await;
             sent.expect("it can be written");
             tokio::time::sleep(ms(10)).await;
@@ -565,5 +583,22 @@ mod tests {
         let (written, ended) = rig.pump.await.expect("no panic");
         assert_eq!(written, writes(&[(15, "in time"), (25, "")]));
         assert_eq!(ended, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_reset_that_a_write_met_is_no_mere_end() {
+        let (_state, receiver) = watched(Toxics::new());
+        let (counters, was_reset) = (Counters::default(), Default::default());
+        let pump = |lane| Pump::new(lane, 1, receiver.clone(), 0, &counters, &was_reset);
+        let mut gone = Recorder {
+            writes: Vec::new(),
+            began: Instant::now(),
+            most: 1,
+            fails_with: Some(io::ErrorKind::ConnectionReset),
+        };
+        // The kernel reports a reset once. Whoever reads next is told of an end.
+        assert_eq!(pump(0).run(&b"bytes"[..], &mut gone).await, Ok(()));
+        let ended = pump(1).run(&b""[..], tokio::io::sink()).await;
+        assert_eq!(ended, Err(Ending::Reset));
     }
 }
