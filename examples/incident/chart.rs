@@ -4,18 +4,23 @@ use std::error::Error;
 use std::ops::Range;
 use std::path::Path;
 
-use plotters::coord::Shift;
+use plotters::coord::{CoordTranslate, Shift};
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
+use tower_memcached::FailureMode;
 
 use crate::clients::Contender;
+use crate::faults::Outage;
 use crate::load::IN_FLIGHT;
-use crate::options::{Fault, Options};
+use crate::options::Options;
 use crate::report::Run;
-use crate::tally::{GOOD_WITHIN, Second, Summary};
+use crate::tally::{GOOD_WITHIN, Second};
 
 const SIZE: (u32, u32) = (1280, 720);
 const TITLE_HEIGHT: u32 = 88;
+const LEGEND_LINE: u32 = 26;
+const LEGEND_COLUMNS: usize = 2;
 const FONT: &str = "sans-serif";
 
 const INK: RGBColor = RGBColor(45, 45, 45);
@@ -27,18 +32,29 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
 
 impl Contender {
-    /// Vermilion and blue of Okabe and Ito's palette, which everybody can tell apart.
+    /// Of Okabe and Ito's palette, which everybody can tell apart.
     fn colour(self) -> RGBColor {
         match self {
             Self::Naive => RGBColor(213, 94, 0),
-            Self::Resilient => RGBColor(0, 114, 178),
+            Self::Resilient(FailureMode::Redistribute) => RGBColor(0, 114, 178),
+            Self::Resilient(FailureMode::Cancel) => RGBColor(0, 158, 115),
+            Self::Resilient(FailureMode::Retry) => RGBColor(204, 121, 167),
         }
+    }
+
+    /// Drawn last, over what is often as good: that must show through.
+    fn is_dashed(self) -> bool {
+        self == Self::Resilient(FailureMode::Retry)
     }
 
     fn label(self) -> &'static str {
         match self {
-            Self::Naive => "2.5 s time-outs, retry, no breaker",
-            Self::Resilient => "tower-memcached's defaults",
+            Self::Naive => "naive: 2.5 s time-outs, retry, no breaker",
+            Self::Resilient(FailureMode::Redistribute) => {
+                "redistribute: tower-memcached's defaults"
+            }
+            Self::Resilient(FailureMode::Cancel) => "cancel: otherwise the defaults",
+            Self::Resilient(FailureMode::Retry) => "retry: otherwise the defaults",
         }
     }
 }
@@ -47,14 +63,13 @@ impl Contender {
 struct Panel<'a> {
     y: Range<f64>,
     value: fn(&Second) -> f64,
-    label: fn(&Summary) -> String,
     tick: fn(&f64) -> String,
     y_title: &'a str,
     x_title: &'a str,
     /// A line across, and what it says.
     limit: Option<(f64, String)>,
     /// Said at the top of the fault.
-    fault: Option<String>,
+    fault: Option<&'static str>,
 }
 
 pub(crate) fn draw(file: &Path, options: &Options, runs: &[Run]) -> Drawn {
@@ -62,25 +77,27 @@ pub(crate) fn draw(file: &Path, options: &Options, runs: &[Run]) -> Drawn {
     root.fill(&WHITE)?;
     let (head, body) = root.split_vertically(TITLE_HEIGHT);
     title(&head, options)?;
-    let (above, below) = body.split_vertically((SIZE.1 - TITLE_HEIGHT) / 2 - 24);
+    let legend_height = LEGEND_LINE * runs.len().div_ceil(LEGEND_COLUMNS) as u32 + 8;
+    let (names, body) = body.split_vertically(legend_height);
+    legend(&names, runs)?;
+    let (above, below) = body.split_vertically((SIZE.1 - TITLE_HEIGHT - legend_height) / 2 - 24);
 
     let limit_ms = GOOD_WITHIN.as_millis() as f64;
+    let outage = options.timeline.outage.as_ref();
     Panel {
         y: 0.0..118.0,
         value: Second::goodput_percent,
-        label: |summary| format!(": {} good", percent(summary.goodput_percent)),
         tick: |percent| format!("{percent:.0} %"),
         y_title: "goodput",
         x_title: "",
         limit: None,
-        fault: options.fault().map(|fault| fault_label(fault).to_owned()),
+        fault: outage.map(|outage| outage.fault.seen()),
     }
     .draw(&above, options, runs)?;
     // A logarithmic scale: of the power of ten.
     Panel {
         y: -1.0..5.0,
-        value: |second| second.quantile_ms(0.99).max(0.1).log10(),
-        label: |_| String::new(),
+        value: |second| second.latencies.quantile_ms(0.99).max(0.1).log10(),
         tick: |power| match 10f64.powf(*power) {
             value if value < 1.0 => format!("{value:.1} ms"),
             value if value < 1_000.0 => format!("{value:.0} ms"),
@@ -96,13 +113,6 @@ pub(crate) fn draw(file: &Path, options: &Options, runs: &[Run]) -> Drawn {
     Ok(())
 }
 
-fn fault_label(fault: Fault) -> &'static str {
-    match fault {
-        Fault::Stop => "the node accepts connections, and answers nothing",
-        Fault::Kill => "the node is dead",
-    }
-}
-
 /// Rounded down, so that only all is 100 %.
 fn percent(value: f64) -> String {
     match value {
@@ -112,19 +122,12 @@ fn percent(value: f64) -> String {
 }
 
 fn title(area: &Area<'_>, options: &Options) -> Drawn {
-    let title = match (&options.timeline.fault, options.fault()) {
-        (Some(when), Some(fault)) => {
-            let what = match fault {
-                Fault::Stop => "stops answering",
-                Fault::Kill => "is killed, and restarted",
-            };
-            let seconds = when.end - when.start;
-            match fault {
-                Fault::Stop => format!("One of three memcached nodes {what} for {seconds} s"),
-                Fault::Kill => format!("One of three memcached nodes {what} after {seconds} s"),
-            }
+    let title = match &options.timeline.outage {
+        Some(Outage { fault, when }) => {
+            let (does, seconds) = (fault.describe(), when.len());
+            format!("One of three memcached nodes {does} for {seconds} s")
         }
-        _ => "A memcached cluster, watched".to_owned(),
+        None => "A memcached cluster, watched".to_owned(),
     };
     let subtitle = format!(
         "{} requests/s, whether or not earlier ones were answered; at most {IN_FLIGHT} in flight. \
@@ -134,6 +137,39 @@ fn title(area: &Area<'_>, options: &Options) -> Drawn {
     );
     area.draw(&Text::new(title, (30, 18), text(32, INK)))?;
     area.draw(&Text::new(subtitle, (30, 58), text(18, FAINT)))?;
+    Ok(())
+}
+
+/// Names the lines, and how good each client was in the fault.
+fn legend(area: &Area<'_>, runs: &[Run]) -> Drawn {
+    for (number, run) in runs.iter().enumerate() {
+        let (row, column) = (number / LEGEND_COLUMNS, number % LEGEND_COLUMNS);
+        let x = [116, 690][column];
+        let y = (row as u32 * LEGEND_LINE + LEGEND_LINE / 2) as i32;
+        line(area, run.contender, vec![(x, y), (x + 45, y)])?;
+        let good = percent(run.summary.goodput_percent);
+        let says = format!("{}: {good} good", run.contender.label());
+        let style = anchored(18, INK, HPos::Left, VPos::Center);
+        area.draw(&Text::new(says, (x + 57, y), style))?;
+    }
+    Ok(())
+}
+
+/// A client's line, on the panels and in the legend.
+fn line<C>(
+    area: &DrawingArea<SVGBackend<'_>, C>,
+    contender: Contender,
+    points: Vec<C::From>,
+) -> Drawn
+where
+    C: CoordTranslate,
+    C::From: Clone + 'static,
+{
+    let style = contender.colour().stroke_width(4);
+    match contender.is_dashed() {
+        true => area.draw(&DashedPathElement::new(points, 9, 8, style))?,
+        false => area.draw(&PathElement::new(points, style))?,
+    }
     Ok(())
 }
 
@@ -147,7 +183,6 @@ fn anchored(size: u32, colour: RGBColor, horizontal: HPos, vertical: VPos) -> Te
 
 impl Panel<'_> {
     fn draw(&self, area: &Area<'_>, options: &Options, runs: &[Run]) -> Drawn {
-        let timeline = &options.timeline;
         // Watching may have been ended early.
         let run = runs.iter().map(|run| run.tally.seconds().len()).max();
         let seconds = run.unwrap_or(0).max(1) as f64;
@@ -164,8 +199,8 @@ impl Panel<'_> {
             .y_label_area_size(92)
             .build_cartesian_2d(0.0..seconds, self.y.clone())?;
 
-        let fault = timeline.fault.clone();
-        let fault = fault.map(|fault| f64::from(fault.start)..f64::from(fault.end));
+        let outage = options.timeline.outage.as_ref();
+        let fault = outage.map(|outage| f64::from(outage.when.start)..f64::from(outage.when.end));
         if let Some(fault) = &fault {
             let corners = [(fault.start, self.y.start), (fault.end, self.y.end)];
             chart.draw_series([Rectangle::new(corners, SHADE.filled())])?;
@@ -199,28 +234,13 @@ impl Panel<'_> {
                 let from = second as f64;
                 [(from, value), (from + 1.0, value)]
             });
-            chart.draw_series(LineSeries::new(
-                steps,
-                run.contender.colour().stroke_width(4),
-            ))?;
+            line(chart.plotting_area(), run.contender, steps.collect())?;
         }
-
-        // The labels are inside the fault, where the lines are apart.
-        let labelled = fault.unwrap_or(0.0..seconds);
-        let middle = (labelled.start + labelled.end) / 2.0;
-        if let Some(says) = &self.fault {
+        if let (Some(fault), Some(says)) = (&fault, self.fault) {
             let style = anchored(18, INK, HPos::Center, VPos::Top);
+            let middle = (fault.start + fault.end) / 2.0;
             let place = (middle, self.y.end - self.height(0.02));
-            chart.draw_series([Text::new(says.clone(), place, style)])?;
-        }
-        let mut taken = Vec::new();
-        for run in runs {
-            let says = format!("{}{}", run.contender.label(), (self.label)(&run.summary));
-            // Half of a sans-serif's width, in seconds.
-            let half = says.len() as f64 * 5.0 * seconds / f64::from(SIZE.0 - 150);
-            let (y, vertical) = self.label_place(run, middle - half..middle + half, &mut taken);
-            let style = anchored(19, run.contender.colour(), HPos::Center, vertical);
-            chart.draw_series([Text::new(says, (middle, y), style)])?;
+            chart.draw_series([Text::new(says, place, style)])?;
         }
         Ok(())
     }
@@ -228,31 +248,5 @@ impl Panel<'_> {
     /// A part of the panel's height.
     fn height(&self, part: f64) -> f64 {
         (self.y.end - self.y.start) * part
-    }
-
-    /// Beside the line as it is there: below a high one, above a low one; further off where
-    /// another label is.
-    fn label_place(&self, run: &Run, beside: Range<f64>, taken: &mut Vec<f64>) -> (f64, VPos) {
-        let beside = beside.start.floor()..beside.end.ceil();
-        let seconds = run.tally.seconds().iter().enumerate();
-        let values = seconds
-            .filter(|(number, _)| beside.contains(&(*number as f64)))
-            .map(|(_, second)| (self.value)(second));
-        let (low, high) = values.fold((self.y.end, self.y.start), |(low, high), value| {
-            (value.min(low), value.max(high))
-        });
-        let is_high = (low + high) / 2.0 > (self.y.start + self.y.end) / 2.0;
-        let (mut y, vertical, away) = match is_high {
-            true => (low - self.height(0.03), VPos::Top, -0.12),
-            false => (high + self.height(0.03), VPos::Bottom, 0.12),
-        };
-        if taken
-            .iter()
-            .any(|other| (other - y).abs() < self.height(0.1))
-        {
-            y += self.height(away);
-        }
-        taken.push(y);
-        (y, vertical)
     }
 }

@@ -1,5 +1,5 @@
-//! The two clients. They differ in configuration only: what the incident lacked is what the
-//! defaults add.
+//! The clients. They differ in configuration only: what the incident lacked is what the defaults
+//! add.
 
 use std::time::Duration;
 
@@ -8,28 +8,32 @@ use tower_memcached::{Client, FailureMode, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Contender {
     Naive,
-    Resilient,
+    /// This crate's defaults, but for the mode; [`FailureMode::Redistribute`] is the default one.
+    Resilient(FailureMode),
 }
 
 impl Contender {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Naive => "naive",
-            Self::Resilient => "resilient",
+            Self::Resilient(FailureMode::Redistribute) => "redistribute",
+            Self::Resilient(FailureMode::Cancel) => "cancel",
+            Self::Resilient(FailureMode::Retry) => "retry",
         }
     }
 
     pub(crate) fn describe(self) -> &'static str {
         match self {
-            Self::Naive => "as the incident's was configured: 2.5 s time-outs, retry, no breaker",
-            Self::Resilient => "this crate's defaults",
+            Self::Naive => "2.5 s time-outs, retry, no breaker, as in the incident",
+            Self::Resilient(FailureMode::Redistribute) => "this crate's defaults",
+            Self::Resilient(_) => "this crate's defaults but for the failure mode",
         }
     }
 
     pub(crate) fn client(self, nodes: &[String]) -> Result<Client> {
         let builder = Client::builder().nodes(nodes);
         match self {
-            Self::Resilient => builder,
+            Self::Resilient(mode) => builder.failure_mode(mode),
             Self::Naive => {
                 // The time-out is spymemcached's default. The rest takes away what would notice
                 // that a node does not answer.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
-use tower_memcached::{Client, Error, ErrorKind, Ttl};
+use tower_memcached::{Client, Error, Ttl};
 
 pub(crate) const IN_FLIGHT: usize = 64;
 pub(crate) const KEYS: u32 = 3_000;
@@ -35,19 +35,19 @@ pub(crate) struct Load {
 }
 
 /// How a request ended.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) enum Ending {
     Hit,
     /// A hit with a value that is not the key's.
     Wrong,
     Miss,
     Stored,
-    Failed(ErrorKind),
+    Failed(Error),
     /// Nothing was heard of it by the end of the run, or it was never even sent.
     Unanswered,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Ended {
     /// The second of the run it was due in, from 0.
     pub(crate) second: usize,
@@ -154,7 +154,7 @@ impl Arrival {
         let answer = timeout_at(horizon, self.ask(client)).await;
         match answer {
             Ok(Ok(ending)) => ending,
-            Ok(Err(error)) => Ending::Failed(error.kind()),
+            Ok(Err(error)) => Ending::Failed(error),
             Err(_elapsed) => Ending::Unanswered,
         }
     }

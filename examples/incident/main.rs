@@ -1,22 +1,28 @@
 //! The incident this crate exists for, on your machine: one of three memcached nodes stops
 //! answering, and comes back.
 //!
-//! Drives two clients over the same timeline with the same requests, one after the other: one
-//! configured as the incident's was, and one with this crate's defaults. Prints what became of the
-//! requests of each second, and draws both as `incident.svg`.
+//! Drives clients over the same timeline with the same requests, one after the other on the same
+//! nodes: one configured as the incident's was, and this crate's, in one failure mode or in each.
+//! Prints what became of the requests of each second, and draws all clients as `incident.svg`.
 //!
 //! ```text
 //! cargo run --release --features testing --example incident
+//! cargo run --release --features testing --example incident -- --mode all --fault flap
 //! cargo run --release --features testing --example incident -- --help
 //! ```
 //!
-//! `options.rs` is the command line, `servers.rs` the cluster and its fault, `clients.rs` the two
-//! clients, `load.rs` the requests, `tally.rs` what became of them, `breakers.rs` what the client
-//! thinks of its nodes meanwhile; `report.rs` prints and `chart.rs` draws.
+//! `options.rs` is the command line, `faults.rs` what can go wrong, `servers.rs` the cluster to which
+//! it does, `clients.rs` the clients, `load.rs` the requests; `tally.rs`, `latencies.rs` and
+//! `failures.rs` what became of them, `breakers.rs` what the client thinks of its nodes meanwhile;
+//! `report.rs` prints, `json.rs` writes and `chart.rs` draws.
 
 mod breakers;
 mod chart;
 mod clients;
+mod failures;
+mod faults;
+mod json;
+mod latencies;
 mod load;
 mod options;
 mod report;
@@ -64,21 +70,19 @@ fn main() -> ExitCode {
 }
 
 fn incident(options: &Options) -> Result<Vec<Run>, Box<dyn Error>> {
-    let cluster = Cluster::start(&options.servers)?;
+    let outage = options.timeline.outage.as_ref();
+    let cluster = Cluster::start(&options.servers, outage.map(|outage| outage.fault))?;
     let nodes = cluster.addresses();
     println!("{}", report::introduce(options, &nodes));
 
     let application = tokio::runtime::Runtime::new()?;
     let runs = application.block_on(drive_all(options, cluster))?;
 
-    println!(
-        "{}",
-        report::summary(&runs, options.timeline.fault.is_none())
-    );
-    println!();
+    println!("{}", report::summary(&runs, outage.is_none()));
+    println!("{}", report::errors(&runs));
     let failed = |file: &Path, error: &dyn Display| format!("{}: {error}", file.display());
     if let Some(file) = &options.json {
-        let json = report::json(options, &nodes, &runs);
+        let json = json::document(options, &nodes, &runs);
         fs::write(file, format!("{json:#}\n")).map_err(|error| failed(file, &error))?;
         println!("written to {}", file.display());
     }
@@ -104,7 +108,7 @@ async fn drive_all(options: &Options, mut cluster: Cluster) -> Result<Vec<Run>, 
         cluster = returned;
         runs.push(run);
         if *stopped.borrow() {
-            if options.timeline.fault.is_some() {
+            if options.timeline.outage.is_some() {
                 return Err("interrupted".into());
             }
             break;
@@ -138,7 +142,7 @@ async fn drive(
     let mut transitions = Vec::new();
     let watching = breakers::watch(&client, start, |transition| {
         // In the naive client's failure mode, what its breakers do makes no difference.
-        if contender == Contender::Resilient {
+        if contender != Contender::Naive {
             println!("{transition}");
             transitions.push(transition);
         }
@@ -182,14 +186,19 @@ async fn disturb(
     start: Instant,
     mut stopped: watch::Receiver<bool>,
 ) -> io::Result<Cluster> {
-    let Some(fault) = &timeline.fault else {
+    let Some(outage) = &timeline.outage else {
         return Ok(cluster);
     };
-    let second = |second: u32| start + Duration::from_secs(second.into());
-    if until(second(fault.start), &mut stopped).await {
-        block_in_place(|| cluster.fail())?;
-        until(second(fault.end), &mut stopped).await;
-        block_in_place(|| cluster.heal())?;
+    for (second, fails) in outage.changes() {
+        let moment = start + Duration::from_secs(second.into());
+        if !until(moment, &mut stopped).await {
+            // Whoever stops the run takes the servers down.
+            break;
+        }
+        block_in_place(|| match fails {
+            true => cluster.fail(),
+            false => cluster.heal(),
+        })?;
     }
     Ok(cluster)
 }

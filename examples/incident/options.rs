@@ -1,29 +1,43 @@
 //! The command line.
 
-use std::ops::Range;
 use std::path::PathBuf;
 
+use tower_memcached::FailureMode;
+
 use crate::clients::Contender;
+use crate::faults::{Fault, Outage};
 
 pub(crate) const HELP: &str = "\
-One of three memcached nodes stops answering, and comes back: what does a service notice?
+One of three memcached nodes fails, and comes back: what does a service notice?
 
 usage: cargo run --release --features testing --example incident -- [options]
 
-  --client naive|resilient|both   which client to drive, one after the other [both]
+All clients see the same requests and the same fault, one after the other, on the same nodes.
+
+  --client naive|resilient|both   which client to drive: one configured as in the incident, this
+                                  crate's, or both [both]
+  --mode redistribute|cancel|retry|all
+                                  the failure mode of this crate's client; all is one client for
+                                  each [redistribute]
   --rate N                        requests per second, open loop [500]
   --healthy N                     seconds before the fault [3]
   --fault-seconds N               seconds of the fault [12]
   --after N                       seconds after the fault [8]
-  --fault stop|kill               the node hangs, or dies and is restarted empty [stop]
+  --fault KIND                    what becomes of the first node [stop]
+       stop        connections are accepted, and nothing is answered
+       kill        connections are refused; it is restarted empty in the end
+       slow        every reply is 300 ms late
+       flap        stop for a second, continue for a second, and so on
+       blackhole   nothing gets through in either direction; connections open, and lead nowhere
+                   (slow and blackhole are made by a proxy in front of each node)
   --memcached                     real memcached processes (SIGSTOP and SIGCONT, or SIGKILL)
                                   instead of servers inside this process
   --servers A,B,C                 a cluster of your own; stop one of its nodes and watch
-                                  (drives the resilient client unless --client says otherwise;
+                                  (drives this crate's client unless --client says otherwise;
                                   it writes 3,000 keys that start with incident:)
   --seconds N                     how long to watch --servers [60]
   --svg FILE                      where to draw the seconds [incident.svg]
-  --json FILE                     where to write the seconds and the summary
+  --json FILE                     where to write the seconds and the summary [nowhere]
   --help                          this
 
 The exit status is 0, 1 if a wrong value was read or the run failed, 2 for a wrong option.";
@@ -41,36 +55,18 @@ pub(crate) struct Options {
     pub(crate) json: Option<PathBuf>,
 }
 
-impl Options {
-    /// The fault that is ours to make.
-    pub(crate) fn fault(&self) -> Option<Fault> {
-        match &self.servers {
-            Servers::InProcess(fault) | Servers::Memcached(fault) => Some(*fault),
-            Servers::Own(_) => None,
-        }
-    }
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Servers {
-    InProcess(Fault),
-    Memcached(Fault),
+    InProcess,
+    Memcached,
     Own(Vec<String>),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fault {
-    /// Connects succeed, nothing answers.
-    Stop,
-    /// Connects are refused; it comes back empty.
-    Kill,
-}
-
-/// When the run ends and, if the fault is ours to make, between which seconds it is there.
+/// When the run ends, and the fault, if that is ours to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Timeline {
     pub(crate) seconds: u32,
-    pub(crate) fault: Option<Range<u32>>,
+    pub(crate) outage: Option<Outage>,
 }
 
 pub(crate) enum Parsed {
@@ -82,6 +78,7 @@ pub(crate) enum Parsed {
 #[derive(Default)]
 struct Said {
     client: Option<String>,
+    mode: Option<String>,
     rate: Option<u32>,
     healthy: Option<u32>,
     fault_seconds: Option<u32>,
@@ -118,6 +115,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
         };
         match option {
             "--client" => said.client = Some(value()?),
+            "--mode" => said.mode = Some(value()?),
             "--rate" => said.rate = Some(number(option, &value()?, MAX_RATE)?),
             "--healthy" => said.healthy = Some(number(option, &value()?, MAX_SECONDS)?),
             "--fault-seconds" => said.fault_seconds = Some(number(option, &value()?, MAX_SECONDS)?),
@@ -134,17 +132,45 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
 }
 
 impl Said {
-    fn check(self) -> Result<Options, String> {
-        let contenders = match (self.client.as_deref(), &self.servers) {
-            (Some("naive"), _) => vec![Contender::Naive],
-            (Some("resilient"), _) | (None, Some(_)) => vec![Contender::Resilient],
-            (Some("both"), _) | (None, None) => vec![Contender::Naive, Contender::Resilient],
-            (Some(other), _) => {
-                return Err(format!(
-                    "--client is naive, resilient or both, not {other:?}"
-                ));
+    fn contenders(&self) -> Result<Vec<Contender>, String> {
+        let default = match self.servers {
+            Some(_) => "resilient",
+            None => "both",
+        };
+        let (naive, resilient) = match self.client.as_deref().unwrap_or(default) {
+            "naive" if self.mode.is_some() => {
+                return Err("--mode is for this crate's client, not for the naive one".to_owned());
+            }
+            "naive" => (true, false),
+            "resilient" => (false, true),
+            "both" => (true, true),
+            other => {
+                let clients = "naive, resilient or both";
+                return Err(format!("--client is {clients}, not {other:?}"));
             }
         };
+        let modes: &[_] = match self.mode.as_deref().unwrap_or("redistribute") {
+            "redistribute" => &[FailureMode::Redistribute],
+            "cancel" => &[FailureMode::Cancel],
+            "retry" => &[FailureMode::Retry],
+            "all" => &[
+                FailureMode::Redistribute,
+                FailureMode::Cancel,
+                FailureMode::Retry,
+            ],
+            other => {
+                let modes = "redistribute, cancel, retry or all";
+                return Err(format!("--mode is {modes}, not {other:?}"));
+            }
+        };
+        let naive = naive.then_some(Contender::Naive);
+        let modes = modes.iter().filter(|_| resilient);
+        let resilient = modes.map(|mode| Contender::Resilient(*mode));
+        Ok(naive.into_iter().chain(resilient).collect())
+    }
+
+    fn check(self) -> Result<Options, String> {
+        let contenders = self.contenders()?;
         let makes_fault = [
             ("--memcached", self.memcached),
             ("--fault", self.fault.is_some()),
@@ -161,7 +187,7 @@ impl Said {
                 }
                 let timeline = Timeline {
                     seconds: self.seconds.unwrap_or(60),
-                    fault: None,
+                    outage: None,
                 };
                 (Servers::Own(servers), timeline)
             }
@@ -172,14 +198,15 @@ impl Said {
             None => {
                 let begins = self.healthy.unwrap_or(3);
                 let ends = begins + self.fault_seconds.unwrap_or(12);
+                let fault = self.fault.unwrap_or(Fault::Stop);
+                let when = begins..ends;
                 let timeline = Timeline {
                     seconds: ends + self.after.unwrap_or(8),
-                    fault: Some(begins..ends),
+                    outage: Some(Outage { fault, when }),
                 };
-                let fault = self.fault.unwrap_or(Fault::Stop);
                 let servers = match self.memcached {
-                    true => Servers::Memcached(fault),
-                    false => Servers::InProcess(fault),
+                    true => Servers::Memcached,
+                    false => Servers::InProcess,
                 };
                 (servers, timeline)
             }
@@ -205,11 +232,11 @@ fn number(option: &str, value: &str, most: u32) -> Result<u32, String> {
 }
 
 fn fault(value: &str) -> Result<Fault, String> {
-    match value {
-        "stop" => Ok(Fault::Stop),
-        "kill" => Ok(Fault::Kill),
-        _ => Err(format!("--fault is stop or kill, not {value:?}")),
-    }
+    let named = Fault::ALL.into_iter().find(|fault| fault.name() == value);
+    named.ok_or_else(|| {
+        let names = Fault::ALL.map(Fault::name).join(", ");
+        format!("--fault is one of {names}, not {value:?}")
+    })
 }
 
 fn addresses(value: &str) -> Result<Vec<String>, String> {

@@ -1,12 +1,13 @@
-//! What is printed, and the same for a machine to read.
+//! What is printed.
 
-use serde_json::{Value, json};
+use tower_memcached::Sent;
 
 use crate::breakers::Transition;
 use crate::clients::Contender;
+use crate::faults::Outage;
 use crate::load;
-use crate::options::{Fault, Options, Servers};
-use crate::tally::{GOOD_WITHIN, Phase, RECOVERED_PERCENT, Second, Summary, Tally};
+use crate::options::{Options, Servers};
+use crate::tally::{Phase, Second, Summary, Tally};
 
 /// One client's run.
 pub(crate) struct Run {
@@ -19,22 +20,19 @@ pub(crate) struct Run {
 pub(crate) fn introduce(options: &Options, nodes: &[String]) -> String {
     let Options { rate, timeline, .. } = options;
     let kind = match &options.servers {
-        Servers::InProcess(_) => "in-process memcached servers",
-        Servers::Memcached(_) => "memcached processes",
+        Servers::InProcess => "in-process memcached servers",
+        Servers::Memcached => "memcached processes",
         Servers::Own(_) => "memcached servers of yours",
     };
-    let what = match (options.fault(), &timeline.fault) {
-        (Some(fault), Some(when)) => {
-            let what = match fault {
-                Fault::Stop => "does not answer",
-                Fault::Kill => "is dead",
-            };
-            format!(
-                "{} {what} from second {} to {}",
-                nodes[0], when.start, when.end
-            )
-        }
-        _ => "stop one and watch; Ctrl-C ends it early".to_owned(),
+    let what = match &timeline.outage {
+        Some(Outage { fault, when }) => format!(
+            "{} {} from second {} to {}",
+            nodes[0],
+            fault.describe(),
+            when.start,
+            when.end
+        ),
+        None => "stop one and watch; Ctrl-C ends it early".to_owned(),
     };
     format!(
         "{} {kind}: {what}.\n\
@@ -77,9 +75,9 @@ pub(crate) fn row(number: usize, phase: Phase, second: &Second) -> String {
         second.misses,
         second.failed(),
         second.goodput_percent(),
-        milliseconds(second.quantile_ms(0.50)),
-        milliseconds(second.quantile_ms(0.99)),
-        milliseconds(second.max_ms()),
+        milliseconds(second.latencies.quantile_ms(0.50)),
+        milliseconds(second.latencies.quantile_ms(0.99)),
+        milliseconds(second.latencies.max_ms()),
     );
     if second.wrong > 0 {
         row += &format!("  {} WRONG VALUES", second.wrong);
@@ -103,7 +101,7 @@ fn thousands(number: u64) -> String {
     }
 }
 
-/// Both clients side by side.
+/// The clients side by side.
 pub(crate) fn summary(runs: &[Run], watched: bool) -> String {
     let (in_fault, worst) = match watched {
         false => ("goodput in the fault", "worst second of the fault"),
@@ -111,12 +109,12 @@ pub(crate) fn summary(runs: &[Run], watched: bool) -> String {
     };
     let mut table = format!("\n{:<28}", "");
     for run in runs {
-        table += &format!("{:>12}", run.contender.name());
+        table += &format!("{:>14}", run.contender.name());
     }
     let mut line = |label: &str, cell: &dyn Fn(&Summary) -> String| {
         table += &format!("\n{label:<28}");
         for run in runs {
-            table += &format!("{:>12}", cell(&run.summary));
+            table += &format!("{:>14}", cell(&run.summary));
         }
     };
     line(in_fault, &|summary| {
@@ -149,116 +147,34 @@ pub(crate) fn summary(runs: &[Run], watched: bool) -> String {
     table
 }
 
-/// The whole run; these names stay.
-///
-/// ```text
-/// settings
-///   servers              "in-process" | "memcached" | "own"
-///   nodes                [address]; the fault is the first one's
-///   fault                "stop" | "kill"; null where it is not ours to make
-///   fault_from_s, fault_to_s, seconds, rate_per_s, in_flight, keys, gets_percent, seed
-///   good_within_ms       what is answered correctly within this is good
-///   recovered_percent    goodput of a second from which on a client counts as recovered
-/// clients.naive, clients.resilient
-///   seconds[]            of when requests were due:
-///     second, phase      from 0; "healthy" | "fault" | "after" | "watched"
-///     due                how many requests; = ok + miss + error + wrong
-///     ok, miss           hits and stores; gets answered with a miss
-///     error              failed, or not answered by the end of the run
-///     wrong              hits with a value that is not the key's
-///     good, goodput_percent
-///     p50_ms, p99_ms, max_ms   from when they were due, errors included
-///   summary
-///     goodput_percent, worst_second_percent   of the fault; of the run where that is null
-///     recovery_s         full seconds from the end of the fault until all was well for good;
-///                        null: never, or no fault of ours
-///     requests, ok, miss, error, wrong, max_ms   of the whole run
-///     errors_by_kind     {an ErrorKind's name, or "Unanswered": how many}
-///   breakers[]           changes seen: at_s, node, state (a BreakerState's name), cause
-/// ```
-pub(crate) fn json(options: &Options, nodes: &[String], runs: &[Run]) -> Value {
-    let timeline = &options.timeline;
-    let clients = runs.iter().map(|run| {
-        let seconds = run.tally.seconds().iter().enumerate();
-        let client = json!({
-            "seconds": seconds
-                .map(|(number, second)| json_second(number, timeline.phase(number), second))
-                .collect::<Vec<_>>(),
-            "summary": json_summary(&run.summary),
-            "breakers": run.transitions.iter().map(json_transition).collect::<Vec<_>>(),
-        });
-        (run.contender.name().to_owned(), client)
-    });
-    json!({
-        "settings": {
-            "servers": match options.servers {
-                Servers::InProcess(_) => "in-process",
-                Servers::Memcached(_) => "memcached",
-                Servers::Own(_) => "own",
-            },
-            "nodes": nodes,
-            "fault": options.fault().map(|fault| match fault {
-                Fault::Stop => "stop",
-                Fault::Kill => "kill",
-            }),
-            "fault_from_s": timeline.fault.as_ref().map(|fault| fault.start),
-            "fault_to_s": timeline.fault.as_ref().map(|fault| fault.end),
-            "seconds": timeline.seconds,
-            "rate_per_s": options.rate,
-            "in_flight": load::IN_FLIGHT,
-            "keys": load::KEYS,
-            "gets_percent": load::GETS_PERCENT,
-            "seed": load::SEED,
-            "good_within_ms": GOOD_WITHIN.as_millis() as u64,
-            "recovered_percent": RECOVERED_PERCENT,
-        },
-        "clients": clients.collect::<serde_json::Map<_, _>>(),
-    })
-}
-
-fn json_second(number: usize, phase: Phase, second: &Second) -> Value {
-    json!({
-        "second": number,
-        "phase": match phase {
-            Phase::Healthy => "healthy",
-            Phase::Fault => "fault",
-            Phase::After => "after",
-            Phase::Watched => "watched",
-        },
-        "due": second.due(),
-        "ok": second.ok(),
-        "miss": second.misses,
-        "error": second.failed(),
-        "wrong": second.wrong,
-        "good": second.good,
-        "goodput_percent": second.goodput_percent(),
-        "p50_ms": second.quantile_ms(0.50),
-        "p99_ms": second.quantile_ms(0.99),
-        "max_ms": second.max_ms(),
-    })
-}
-
-/// The goodput is of the fault, or of the whole run where there is no fault of ours.
-fn json_summary(summary: &Summary) -> Value {
-    json!({
-        "goodput_percent": summary.goodput_percent,
-        "worst_second_percent": summary.worst_second_percent,
-        "recovery_s": summary.recovery_seconds,
-        "requests": summary.requests,
-        "ok": summary.ok,
-        "miss": summary.misses,
-        "error": summary.failed(),
-        "errors_by_kind": summary.errors,
-        "wrong": summary.wrong,
-        "max_ms": summary.max_ms,
-    })
-}
-
-fn json_transition(transition: &Transition) -> Value {
-    json!({
-        "at_s": transition.at.as_secs_f64(),
-        "node": &*transition.node,
-        "state": format!("{:?}", transition.state),
-        "cause": transition.cause,
-    })
+/// What each client's errors were, if it had any.
+pub(crate) fn errors(runs: &[Run]) -> String {
+    let mut text = String::new();
+    for run in runs {
+        let failures = run.tally.failures();
+        if failures.is_empty() {
+            continue;
+        }
+        text += &format!(
+            "\nerrors of {}, and the first of each kind:",
+            run.contender.name()
+        );
+        for ((kind, sent), alike) in failures {
+            let sent = match sent {
+                Sent::No => "not sent",
+                Sent::Maybe => "may have been executed",
+                Sent::Yes => "answered",
+            };
+            text += &format!(
+                "\n{:>8} {kind}, {sent}: half within {} ms, all within {} ms\n{:>9}{}",
+                thousands(alike.latencies.count()),
+                milliseconds(alike.latencies.quantile_ms(0.50)),
+                milliseconds(alike.latencies.max_ms()),
+                "",
+                alike.first,
+            );
+        }
+        text += "\n";
+    }
+    text
 }

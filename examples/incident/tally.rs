@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
-
+use crate::failures::{self, Failures};
+use crate::faults::Outage;
+use crate::latencies::Latencies;
 use crate::load::{Ended, Ending, Load};
 use crate::options::Timeline;
 
@@ -26,20 +27,22 @@ pub(crate) enum Phase {
 
 impl Timeline {
     pub(crate) fn phase(&self, second: usize) -> Phase {
-        let Some(fault) = &self.fault else {
+        let Some(Outage { when, .. }) = &self.outage else {
             return Phase::Watched;
         };
         match second {
-            second if second < fault.start as usize => Phase::Healthy,
-            second if second < fault.end as usize => Phase::Fault,
+            second if second < when.start as usize => Phase::Healthy,
+            second if second < when.end as usize => Phase::Fault,
             _ => Phase::After,
         }
     }
 
     /// The seconds that are judged: those of the fault, or all if it is not known.
     fn judged(&self) -> Range<usize> {
-        let all = 0..self.seconds;
-        let judged = self.fault.clone().unwrap_or(all);
+        let judged = match &self.outage {
+            Some(Outage { when, .. }) => when.clone(),
+            None => 0..self.seconds,
+        };
         judged.start as usize..judged.end as usize
     }
 }
@@ -53,14 +56,11 @@ pub(crate) struct Second {
     pub(crate) wrong: u64,
     pub(crate) errors: BTreeMap<String, u64>,
     pub(crate) good: u64,
-    ended: u64,
-    /// In microseconds.
-    latencies: Histogram<u64>,
+    pub(crate) latencies: Latencies,
 }
 
 impl Second {
     fn new() -> Self {
-        let minute = 60_000_000;
         Self {
             hits: 0,
             misses: 0,
@@ -68,16 +68,13 @@ impl Second {
             wrong: 0,
             errors: BTreeMap::new(),
             good: 0,
-            ended: 0,
-            latencies: Histogram::new_with_max(minute, 3).expect("these bounds are valid"),
+            latencies: Latencies::new(),
         }
     }
 
     fn record(&mut self, ended: &Ended) {
-        self.ended += 1;
-        self.latencies
-            .saturating_record(ended.latency.as_micros() as u64);
-        let correct = match ended.ending {
+        self.latencies.record(ended.latency);
+        let correct = match &ended.ending {
             Ending::Hit => {
                 self.hits += 1;
                 true
@@ -95,7 +92,8 @@ impl Second {
                 self.wrong += 1;
                 false
             }
-            Ending::Failed(kind) => {
+            Ending::Failed(error) => {
+                let kind = error.kind();
                 *self.errors.entry(format!("{kind:?}")).or_default() += 1;
                 false
             }
@@ -109,8 +107,9 @@ impl Second {
         }
     }
 
+    /// Those of them that have ended: in the end, all.
     pub(crate) fn due(&self) -> u64 {
-        self.ended
+        self.latencies.count()
     }
 
     pub(crate) fn ok(&self) -> u64 {
@@ -122,15 +121,7 @@ impl Second {
     }
 
     pub(crate) fn goodput_percent(&self) -> f64 {
-        percent(self.good, self.ended)
-    }
-
-    pub(crate) fn quantile_ms(&self, quantile: f64) -> f64 {
-        self.latencies.value_at_quantile(quantile) as f64 / 1_000.0
-    }
-
-    pub(crate) fn max_ms(&self) -> f64 {
-        self.latencies.max() as f64 / 1_000.0
+        percent(self.good, self.due())
     }
 }
 
@@ -146,6 +137,7 @@ fn percent(part: u64, of: u64) -> f64 {
 pub(crate) struct Tally {
     rate: u64,
     seconds: Vec<Second>,
+    failures: Failures,
 }
 
 impl Tally {
@@ -153,23 +145,32 @@ impl Tally {
         Self {
             rate: load.rate.into(),
             seconds: vec![Second::new(); load.seconds as usize],
+            failures: Failures::new(),
         }
     }
 
     pub(crate) fn record(&mut self, ended: &Ended) {
         self.seconds[ended.second].record(ended);
+        if let Ending::Failed(error) = &ended.ending {
+            failures::record(&mut self.failures, error, ended.latency);
+        }
     }
 
     /// A second, once all that was due in it has ended.
     pub(crate) fn complete(&self, second: usize) -> Option<&Second> {
         let second = self.seconds.get(second)?;
-        (second.ended == self.rate).then_some(second)
+        (second.due() == self.rate).then_some(second)
     }
 
     /// The seconds in which requests were due.
     pub(crate) fn seconds(&self) -> &[Second] {
-        let run = self.seconds.iter().take_while(|second| second.ended > 0);
+        let run = self.seconds.iter().take_while(|second| second.due() > 0);
         &self.seconds[..run.count()]
+    }
+
+    /// Of the whole run.
+    pub(crate) fn failures(&self) -> &Failures {
+        &self.failures
     }
 
     pub(crate) fn summary(&self, timeline: &Timeline) -> Summary {
@@ -181,6 +182,7 @@ impl Tally {
         for (kind, count) in seconds.iter().flat_map(|second| &second.errors) {
             *errors.entry(kind.clone()).or_default() += count;
         }
+        let slowest = seconds.iter().map(|second| second.latencies.max_ms());
         Summary {
             goodput_percent: percent(
                 judged.iter().map(|second| second.good).sum(),
@@ -191,15 +193,15 @@ impl Tally {
                 .map(Second::goodput_percent)
                 .fold(100.0, f64::min),
             recovery_seconds: timeline
-                .fault
+                .outage
                 .as_ref()
-                .and_then(|fault| recovery(seconds.get(fault.end as usize..)?)),
+                .and_then(|outage| recovery(seconds.get(outage.when.end as usize..)?)),
             requests: sum(Second::due),
             ok: sum(Second::ok),
             misses: sum(|second| second.misses),
             wrong: sum(|second| second.wrong),
             errors,
-            max_ms: seconds.iter().map(Second::max_ms).fold(0.0, f64::max),
+            max_ms: slowest.fold(0.0, f64::max),
         }
     }
 }

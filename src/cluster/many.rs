@@ -116,7 +116,7 @@ impl<S: Service<Request> + Clone> Many<S> {
                 }
             };
             let settled = match &after {
-                None | Some((After::Repeat(_), _)) => {
+                None | Some((After::Repeat(_) | After::Await, _)) => {
                     match self.shared.first(key, &operation, place) {
                         Placed::At(()) => None,
                         Placed::Settled(Ok(_)) => Some(Ok(None)),
@@ -133,10 +133,11 @@ impl<S: Service<Request> + Clone> Many<S> {
                 self.outcomes[index] = settled;
             }
         }
-        let mut wait = None;
-        if let Some((After::Repeat(delay), _)) = &after {
-            wait = Some(self.shared.wake_at(*delay, self.deadline));
-        }
+        let delay = match &after {
+            Some((After::Repeat(delay), _)) => Some(Some(*delay)),
+            Some((After::Await, _)) => Some(None),
+            _ => None,
+        };
         for Group {
             node,
             origin,
@@ -144,7 +145,8 @@ impl<S: Service<Request> + Clone> Many<S> {
         } in groups
         {
             let request = self.part(&indexes).with_origin(origin);
-            let attempt = match wait.map(|due| self.shared.spawner.sleep_until(due)) {
+            let wait = delay.map(|delay| self.shared.wait(delay, node.shared(), self.deadline));
+            let attempt = match wait {
                 None => Attempt::new(&node, request),
                 Some(Ok(wait)) => Attempt::after(wait, &node, request),
                 Some(Err(error)) => {

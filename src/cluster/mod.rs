@@ -399,6 +399,8 @@ enum After {
     },
     /// The same node again, after a while.
     Repeat(Duration),
+    /// The same node again, once it is back.
+    Await,
 }
 
 /// The first wait in [`FailureMode::Retry`] is up to this, doubled each time: full jitter, so that
@@ -424,6 +426,9 @@ impl<S> Shared<S> {
         tries.sent = tries.sent.max(error.sent());
         let unsent = error.sent() == Sent::No;
         let kind = error.kind();
+        if self.shut_down.load(Ordering::Acquire) {
+            return After::GiveUp;
+        }
         let failed_there = matches!(
             kind,
             Timeout | ConnectionFailed | ConnectionLost | Unresponsive | NodeUnavailable | Protocol
@@ -466,6 +471,9 @@ impl<S> Shared<S> {
                 }
                 if !unsent && !self.pay(node) {
                     return After::GiveUp;
+                }
+                if open {
+                    return After::Await;
                 }
                 let longest = FIRST_WAIT
                     .saturating_mul(1 << tries.waits.min(16))

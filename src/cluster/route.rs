@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
+use tokio::sync::futures::OwnedNotified;
 use tokio::time::{Instant, Sleep};
 use tower::Service;
 
@@ -133,10 +134,55 @@ impl<S> Shared<S> {
         request
     }
 
-    /// When to try again after waiting `delay`: not after the deadline.
-    pub(super) fn wake_at(&self, delay: Duration, deadline: Option<Instant>) -> Instant {
-        let due = after(Instant::now(), delay);
-        deadline.map_or(due, |deadline| due.min(deadline))
+    /// The wait before `node` is asked again, after `delay` or else once it is back; not past the
+    /// deadline.
+    pub(super) fn wait(
+        &self,
+        delay: Option<Duration>,
+        node: &Arc<NodeShared>,
+        deadline: Option<Instant>,
+    ) -> Result<Wait> {
+        let due = after(Instant::now(), delay.unwrap_or(Duration::MAX));
+        let due = deadline.map_or(due, |deadline| due.min(deadline));
+        Ok(Wait {
+            timer: self.spawner.sleep_until(due)?,
+            back: delay.is_none().then(|| node.back()),
+            node: node.clone(),
+        })
+    }
+}
+
+/// Those who waited for a node do not all come back at once, but over this long, or over half of
+/// the time that is left to them.
+const RETURN_OVER: Duration = Duration::from_millis(100);
+
+pin_project! {
+    /// A wait before an attempt is repeated: for a while, or until the node is back.
+    pub(super) struct Wait {
+        // Ends with the deadline at the latest.
+        #[pin]
+        timer: Sleep,
+        #[pin]
+        back: Option<OwnedNotified>,
+        node: Arc<NodeShared>,
+    }
+}
+
+impl Wait {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        if let Some(back) = this.back.as_mut().as_pin_mut()
+            && (!this.node.is_open() || back.poll(cx).is_ready())
+        {
+            this.back.set(None);
+            let now = Instant::now();
+            let left = this.timer.deadline().saturating_duration_since(now);
+            let over = RETURN_OVER.min(left / 2);
+            this.timer
+                .as_mut()
+                .reset(now + over.mul_f64(fastrand::f64()));
+        }
+        this.timer.poll(cx)
     }
 }
 
@@ -147,7 +193,7 @@ pin_project! {
         S: Service<Request>,
     {
         #[pin]
-        wait: Option<Sleep>,
+        wait: Option<Wait>,
         #[pin]
         future: NodeFuture<S>,
     }
@@ -162,7 +208,7 @@ impl<S: Service<Request> + Clone> Attempt<S> {
     }
 
     /// The same once more: after `wait`, at the same node.
-    pub(super) fn after(wait: Sleep, node: &Node<S>, request: Request) -> Self {
+    pub(super) fn after(wait: Wait, node: &Node<S>, request: Request) -> Self {
         Self {
             wait: Some(wait),
             ..Self::new(node, request)
@@ -253,9 +299,12 @@ where
                         Attempt::new(node, shared.addressed(request, origin))
                     })
                 }
-                After::Repeat(delay) => {
-                    let due = shared.wake_at(delay, deadline);
-                    let wait = match shared.spawner.sleep_until(due) {
+                after @ (After::Repeat(_) | After::Await) => {
+                    let delay = match after {
+                        After::Repeat(delay) => Some(delay),
+                        _ => None,
+                    };
+                    let wait = match shared.wait(delay, &failed_at, deadline) {
                         Ok(wait) => wait,
                         Err(_) => return Poll::Ready(Err(error.after_attempts(this.tries.sent))),
                     };

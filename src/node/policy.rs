@@ -15,9 +15,11 @@ use super::BreakerSettings;
 /// The window is this many buckets of one second each.
 const BUCKETS: u64 = 10;
 
-/// What failed or was slow must have been sent over at least this long: what goes wrong together
-/// is one event.
+/// What was slow must have been sent over at least this long: what goes wrong together is one
+/// event. What failed, over so many attempt timeouts, or this long if that is less: a hung
+/// connection, which takes two to be found and as long again to be made anew, is not a hung node.
 const LEAST_SPAN: Duration = Duration::from_secs(1);
+const LEAST_ATTEMPTS: u32 = 8;
 
 /// Why the gate is to be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,14 +101,15 @@ impl Policy {
     /// have been. They are counted as answered, or as failed, besides.
     pub(super) fn slow(&self, requests: u32, sent_at: Instant, now: Instant) -> Option<Trip> {
         self.note(SLOW, requests, sent_at, now);
-        let (slow, of) = self.share(SLOW, sent_at, now)?;
+        let (slow, of) = self.share(SLOW, LEAST_SPAN, sent_at, now)?;
         over(slow, of, self.settings.slow_call_rate).then_some(Trip::Slow { slow, of })
     }
 
     /// A request failed, and it is the node's fault.
     pub(super) fn failed(&self, sent_at: Instant, now: Instant) -> Option<Trip> {
         self.note(FAILED, 1, sent_at, now);
-        let (failed, of) = self.share(FAILED, sent_at, now)?;
+        let least_span = LEAST_SPAN.min(self.attempt.saturating_mul(LEAST_ATTEMPTS));
+        let (failed, of) = self.share(FAILED, least_span, sent_at, now)?;
         over(failed, of, self.settings.failure_rate).then_some(Trip::Failures { failed, of })
     }
 
@@ -159,7 +162,13 @@ impl Policy {
     }
 
     /// How many of how many, if these are enough to judge by and spread enough.
-    fn share(&self, field: Field, sent_at: Instant, now: Instant) -> Option<(u32, u32)> {
+    fn share(
+        &self,
+        field: Field,
+        least_span: Duration,
+        sent_at: Instant,
+        now: Instant,
+    ) -> Option<(u32, u32)> {
         let oldest = (self.millis(now) / 1000 + 1).saturating_sub(BUCKETS - 1);
         let (mut of, mut counted, mut first_sent) = (0u32, 0u32, self.millis(sent_at));
         for bucket in &self.buckets {
@@ -177,7 +186,7 @@ impl Policy {
             }
         }
         let span = Duration::from_millis(self.millis(sent_at) - first_sent);
-        (of >= self.settings.minimum_requests && span >= LEAST_SPAN).then_some((counted, of))
+        (of >= self.settings.minimum_requests && span >= least_span).then_some((counted, of))
     }
 }
 

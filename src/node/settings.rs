@@ -142,8 +142,8 @@ impl BreakerSettings {
     }
 
     /// Which share of requests, in percent, may fail by the node's fault over the last 10 s; from
-    /// 50 % on it opens. Over 100 is never. The failed ones must have been sent over a second or
-    /// more.
+    /// 50 % on it opens. Over 100 is never. The failed ones must have been sent over at least eight
+    /// attempt timeouts, or a second if that is less.
     #[must_use]
     pub fn failure_rate(mut self, percent: u32) -> Self {
         self.failure_rate = percent;

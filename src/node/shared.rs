@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use futures::future::BoxFuture;
+use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -65,6 +66,8 @@ pub(crate) struct Shared {
     kept: AtomicBool,
     /// Calls the keeper.
     pub(super) wake: Arc<Notify>,
+    /// Calls those who wait for it to be back, or to be closed.
+    back: Arc<Notify>,
     /// Anything sent, or its end, ends the keeper.
     pub(super) in_use: watch::Sender<()>,
     /// The client is shut down.
@@ -125,6 +128,7 @@ impl Shared {
                 .min(CANARY_SIZE),
             kept: AtomicBool::new(false),
             wake: Arc::new(Notify::new()),
+            back: Arc::new(Notify::new()),
             in_use: watch::Sender::new(()),
             closed: AtomicBool::new(false),
             spawner,
@@ -213,6 +217,11 @@ impl Shared {
 
     pub(crate) fn connections(&self) -> usize {
         self.transport.as_ref().map_or(1, Pipelined::connections)
+    }
+
+    /// Ready once it is back, or closed.
+    pub(crate) fn back(&self) -> OwnedNotified {
+        self.back.clone().notified_owned()
     }
 
     /// Tells `changes` whenever its state changes.
@@ -328,6 +337,7 @@ impl Shared {
     pub(super) fn readmit(&self) {
         self.policy.reset();
         if self.gate.readmit(Instant::now()) {
+            self.back.notify_waiters();
             self.meters.count(Counted::Readmission);
             self.changed();
         }
@@ -361,6 +371,7 @@ impl Shared {
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.in_use.send_replace(());
+        self.back.notify_waiters();
         if let Some(transport) = &self.transport {
             transport.close();
         }
