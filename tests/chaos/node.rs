@@ -243,7 +243,14 @@ fn a_starved_node_costs_its_callers_little() {
         let nodes = memcacheds(3);
         let addresses = addresses(&nodes);
         let client = client(&addresses);
-        let keys = keys_of(&addresses, 0, 200);
+        // Of all nodes: what one node's failures may cost is a share of all requests.
+        let of_each = [0, 1, 2].map(|index| keys_of(&addresses, index, 100));
+        let [first, second, third] = of_each.map(Vec::into_iter);
+        let keys: Vec<Key> = first
+            .zip(second)
+            .zip(third)
+            .flat_map(|((a, b), c)| [a, b, c])
+            .collect();
         fill(&client, &keys).await;
         let opened = Arc::new(AtomicBool::new(false));
         let watched = tokio::spawn(watch_for_opening(client.clone(), opened.clone()));
