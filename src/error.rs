@@ -162,8 +162,13 @@ impl Error {
 
     /// At least as much in doubt as an earlier attempt of the same request was.
     pub(crate) fn after_attempts(self, sent: Sent) -> Self {
-        let sent = self.0.sent.max(sent);
-        self.with_sent(sent)
+        if sent <= self.0.sent {
+            return self;
+        }
+        let mut error = self.with_sent(sent);
+        let message = std::mem::take(&mut error.0.message);
+        error.0.message = format!("{message}; an attempt before was sent").into();
+        error
     }
 
     pub(crate) fn charged_to(mut self, charge: Charge) -> Self {

@@ -314,7 +314,21 @@ pub struct Request {
     operation: Operation,
     deadline: Option<Instant>,
     origin: Origin,
-    hedging: bool,
+    purpose: Purpose,
+}
+
+/// What a request is made for, besides what it asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Its caller's own.
+    Answer,
+    /// To answer sooner than the same request does, which is under way already: over another
+    /// connection if there is one.
+    Hedge,
+    /// To put back what was loaded; nothing has changed.
+    Refill,
+    /// Not to be sent; only that it would have been is to be taken note of.
+    Note,
 }
 
 impl Request {
@@ -325,7 +339,7 @@ impl Request {
             operation,
             deadline: None,
             origin: Origin::Home,
-            hedging: false,
+            purpose: Purpose::Answer,
         }
     }
 
@@ -342,14 +356,13 @@ impl Request {
         self
     }
 
-    /// The same once more, beside the first: over another connection if there is one.
-    pub(crate) fn hedging(mut self) -> Self {
-        self.hedging = true;
+    pub(crate) fn with_purpose(mut self, purpose: Purpose) -> Self {
+        self.purpose = purpose;
         self
     }
 
-    pub(crate) fn is_hedging(&self) -> bool {
-        self.hedging
+    pub(crate) fn purpose(&self) -> Purpose {
+        self.purpose
     }
 
     /// Asks a service, whatever errors it has.

@@ -36,7 +36,8 @@ impl Contender {
             Self::Resilient(mode) => builder.failure_mode(mode),
             Self::Naive => {
                 // The time-out is spymemcached's default. The rest takes away what would notice
-                // that a node does not answer.
+                // that a node does not answer. What remains is that its breaker opens when a connect
+                // is refused; in its mode a request waits for the node then, as it did in the incident.
                 let timeout = Duration::from_millis(2_500);
                 let never = Duration::from_secs(3_600);
                 builder

@@ -9,7 +9,7 @@ use crate::failures::Alike;
 use crate::load;
 use crate::options::{Options, Servers};
 use crate::report::Run;
-use crate::tally::{GOOD_WITHIN, Phase, RECOVERED_PERCENT, Second, Summary};
+use crate::tally::{GOOD_WITHIN, Phase, RECOVERED_PERCENT, RECOVERED_SECONDS, Second, Summary};
 
 /// The whole run; these names stay.
 ///
@@ -20,7 +20,8 @@ use crate::tally::{GOOD_WITHIN, Phase, RECOVERED_PERCENT, Second, Summary};
 ///   fault                as the option is written; null where it is not ours to make
 ///   fault_from_s, fault_to_s, seconds, rate_per_s, in_flight, keys, gets_percent, seed
 ///   good_within_ms       what is answered correctly within this is good
-///   recovered_percent    goodput of a second from which on a client counts as recovered
+///   recovered_percent, recovered_seconds
+///                        a client has recovered when so many seconds in a row had this goodput
 /// clients.naive, .resilient (redistribute), .cancel, .retry: those that were driven
 ///   seconds[]            of when requests were due:
 ///     second, phase      from 0; "healthy" | "fault" | "after" | "watched"
@@ -32,7 +33,7 @@ use crate::tally::{GOOD_WITHIN, Phase, RECOVERED_PERCENT, Second, Summary};
 ///     p50_ms, p99_ms, max_ms   from when they were due, errors included
 ///   summary
 ///     goodput_percent, worst_second_percent   of the fault; of the run where that is null
-///     recovery_s         full seconds from the end of the fault until all was well for good;
+///     recovery_s         full seconds from the end of the fault until several in a row were well;
 ///                        null: never, or no fault of ours
 ///     requests, ok, miss, error, wrong, max_ms   of the whole run
 ///     errors_by_kind     {an ErrorKind's name, or "Unanswered": how many}
@@ -73,6 +74,7 @@ pub(crate) fn document(options: &Options, nodes: &[String], runs: &[Run]) -> Val
             "seed": load::SEED,
             "good_within_ms": GOOD_WITHIN.as_millis() as u64,
             "recovered_percent": RECOVERED_PERCENT,
+            "recovered_seconds": RECOVERED_SECONDS,
         },
         "clients": clients.collect::<serde_json::Map<_, _>>(),
     })

@@ -16,6 +16,9 @@ pub(crate) const GOOD_WITHIN: Duration = Duration::from_millis(100);
 /// Goodput of a second, in percent, from which on the service counts as recovered.
 pub(crate) const RECOVERED_PERCENT: f64 = 99.0;
 
+/// So many such seconds in a row.
+pub(crate) const RECOVERED_SECONDS: usize = 3;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Healthy,
@@ -206,13 +209,15 @@ impl Tally {
     }
 }
 
-/// How many of the seconds after the fault went by before all was well for good; `None` if it
-/// never was.
+/// How many of the seconds after the fault went by before several in a row were well, or all that
+/// were left; `None` if that never was. One bad second much later is not the fault's.
 fn recovery(after: &[Second]) -> Option<usize> {
     let recovered = |second: &Second| second.goodput_percent() >= RECOVERED_PERCENT;
-    let ill = after.iter().rposition(|second| !recovered(second));
-    let seconds = ill.map_or(0, |last| last + 1);
-    (seconds < after.len()).then_some(seconds)
+    let well_from = |first: &usize| {
+        let mut row = after[*first..].iter().take(RECOVERED_SECONDS);
+        row.all(recovered)
+    };
+    (0..after.len()).find(well_from)
 }
 
 #[derive(Clone, Debug)]

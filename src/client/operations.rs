@@ -12,7 +12,7 @@ use crate::error::{BoxError, Result};
 use crate::executor::after;
 use crate::key::{IntoKey, Key};
 use crate::read_through;
-use crate::request::{Direction, Operation, Request, StoreMode};
+use crate::request::{Direction, Operation, Purpose, Request, StoreMode};
 use crate::response::{CasOutcome, NodeResult, Response};
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
@@ -325,7 +325,9 @@ where
                 payload,
                 ttl,
             });
-            let request = request.with_deadline(after(Instant::now(), left));
+            let request = request
+                .with_deadline(after(Instant::now(), left))
+                .with_purpose(Purpose::Refill);
             async move { self.send(request).await.map(drop) }
         };
         let shared = &*self.shared;

@@ -15,7 +15,7 @@ use super::Shared;
 use crate::error::BoxError;
 use crate::executor::after;
 use crate::node::{Node, NodeFuture};
-use crate::request::{Operation, Request};
+use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::telemetry::Event;
 
@@ -55,7 +55,7 @@ impl<S: Service<Request> + Clone> Hedge<S> {
         Some(Box::pin(Self {
             shared: shared.clone(),
             node: node.clone(),
-            request: request.clone().hedging(),
+            request: request.clone().with_purpose(Purpose::Hedge),
             wait: wait.ok()?,
             attempt: None,
         }))

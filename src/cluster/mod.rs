@@ -34,7 +34,7 @@ use topology::{Member, Topology};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{Executor, Spawner, after};
 use crate::node::{Node, NodeStatus, Shared as NodeShared};
-use crate::request::{Operation, Request};
+use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::telemetry::Event;
 
@@ -349,6 +349,11 @@ where
     fn call(&mut self, request: Request) -> ClusterFuture<S> {
         if self.shared.shut_down.load(Ordering::Acquire) {
             let error = Error::new(ErrorKind::Shutdown, "the client is shut down");
+            return ClusterFuture::settled(Err(error));
+        }
+        if request.purpose() == Purpose::Note {
+            let error = Error::new(ErrorKind::Disabled, "it is only taken note of");
+            self.shared.take_note(request.operation());
             return ClusterFuture::settled(Err(error));
         }
         self.shared.budget.deposit();

@@ -204,6 +204,13 @@ impl<S> Shared<S> {
         }
     }
 
+    /// Of a write that is not made.
+    pub(super) fn take_note(&self, operation: &Operation) {
+        if let Some(key) = operation.key() {
+            self.forget_everywhere(&self.topology.load(), key, operation);
+        }
+    }
+
     /// A write that no node is asked for.
     fn forget_everywhere(&self, topology: &Topology<S>, key: &Key, operation: &Operation) {
         if operation.written().is_some() {

@@ -39,14 +39,15 @@ use tower::{Layer, Service};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{after, timer};
 use crate::key::Key;
-use crate::request::{Operation, Request};
+use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 
 /// Stops a group from using the cache, from any thread, at once. Clones are the same switch.
 ///
 /// While it is thrown every request of the group fails with [`ErrorKind::Disabled`], unsent, so
-/// that [`get_or_load`](crate::Client::get_or_load) goes to its loader. Writes are not sent either:
-/// what the cache holds may be old when the switch is reset.
+/// that [`get_or_load`](crate::Client::get_or_load) goes to its loader. Writes are not sent either;
+/// the keys of those that set, add, replace or delete are invalidated instead, so that nothing older
+/// is read when the switch is reset.
 #[derive(Clone, Debug, Default)]
 pub struct KillSwitch(Arc<AtomicBool>);
 
@@ -209,12 +210,12 @@ impl<S> Group<S> {
 
 impl<S> Service<Request> for Group<S>
 where
-    S: Service<Request, Response = Response>,
+    S: Service<Request, Response = Response> + Clone,
     S::Error: Into<BoxError>,
 {
     type Response = Response;
     type Error = Error;
-    type Future = GroupFuture<S::Future>;
+    type Future = GroupFuture<S>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         if self.layer.kill_switch.is_thrown() {
@@ -224,7 +225,7 @@ where
         ready.map_err(|error| Error::from_boxed(error.into()))
     }
 
-    fn call(&mut self, mut request: Request) -> GroupFuture<S::Future> {
+    fn call(&mut self, mut request: Request) -> GroupFuture<S> {
         let ends = self
             .layer
             .timeout
@@ -242,6 +243,16 @@ where
                     _permit: permit,
                     invalid,
                 },
+                // What it would have changed must not be read as it was.
+                Err(error) if withheld(&error, &request) => match self.prefix(&mut request) {
+                    Ok(_) => State::Withheld {
+                        // Not the one that was not asked whether it is ready.
+                        service: self.inner.clone(),
+                        request: Some(request.with_purpose(Purpose::Note)),
+                        error: Some(error),
+                    },
+                    Err(error) => State::Refused { error: Some(error) },
+                },
                 Err(error) => State::Refused { error: Some(error) },
             },
             ends,
@@ -250,12 +261,21 @@ where
     }
 }
 
+fn withheld(error: &Error, request: &Request) -> bool {
+    error.kind() == ErrorKind::Disabled
+        && request.operation().written().is_some()
+        && request.purpose() != Purpose::Refill
+}
+
 pin_project! {
     /// The future of one request to a [`Group`].
     #[must_use = "futures do nothing unless polled"]
-    pub struct GroupFuture<F> {
+    pub struct GroupFuture<S>
+    where
+        S: Service<Request>,
+    {
         #[pin]
-        state: State<F>,
+        state: State<S>,
         // The group's own deadline, for a layer below that does not keep to the request's.
         ends: Option<Instant>,
         #[pin]
@@ -265,21 +285,26 @@ pin_project! {
 
 pin_project! {
     #[project = StateProjection]
-    enum State<F> {
+    enum State<S>
+    where
+        S: Service<Request>,
+    {
         Called {
             #[pin]
-            future: F,
+            future: S::Future,
             _permit: Permit,
             invalid: Vec<(usize, Error)>,
         },
+        // Not sent, but made known to whoever keeps the journals.
+        Withheld { service: S, request: Option<Request>, error: Option<Error> },
         Refused { error: Option<Error> },
     }
 }
 
-impl<F, E> Future for GroupFuture<F>
+impl<S> Future for GroupFuture<S>
 where
-    F: Future<Output = Result<Response, E>>,
-    E: Into<BoxError>,
+    S: Service<Request, Response = Response>,
+    S::Error: Into<BoxError>,
 {
     type Output = Result<Response>;
 
@@ -312,6 +337,22 @@ where
                 }
                 Poll::Ready(outcome.map_err(|error| Error::from_boxed(error.into())))
             }
+            StateProjection::Withheld {
+                service,
+                request,
+                error,
+            } => {
+                if ready!(service.poll_ready(cx)).is_ok()
+                    && let Some(request) = request.take()
+                {
+                    // It ends with what the cluster says at once: that it has taken note.
+                    drop(service.call(request));
+                }
+                match error.take() {
+                    Some(error) => Poll::Ready(Err(error)),
+                    None => panic!("polled after completion"),
+                }
+            }
             StateProjection::Refused { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error)),
                 None => panic!("polled after completion"),
@@ -320,7 +361,7 @@ where
     }
 }
 
-impl<F> fmt::Debug for GroupFuture<F> {
+impl<S: Service<Request>> fmt::Debug for GroupFuture<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GroupFuture").finish_non_exhaustive()
     }

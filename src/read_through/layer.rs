@@ -12,7 +12,7 @@ use tower::{Layer, Service};
 use super::{Flights, settled};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::request::{Operation, Request, StoreMode};
+use crate::request::{Operation, Purpose, Request, StoreMode};
 use crate::response::Response;
 use crate::ttl::Ttl;
 use crate::value::{Payload, Value};
@@ -159,7 +159,8 @@ where
                 key: key.clone(),
                 payload,
                 ttl: self.layer.ttl,
-            });
+            })
+            .with_purpose(Purpose::Refill);
             let request = match deadline {
                 Some(deadline) => request.with_deadline(deadline),
                 None => request,

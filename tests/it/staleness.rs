@@ -8,7 +8,8 @@ use tokio::time::timeout;
 use tower_memcached::testing::Server;
 use tower_memcached::{
     BreakerSettings, BreakerState, CasOutcome, Client, ClientBuilder, EjectionCause, ErrorKind,
-    FailureMode, JournalOverflow, JournalSettings, Key, Outcome, ProbeSettings, Sent, Ttl,
+    FailureMode, GroupLayer, JournalOverflow, JournalSettings, Key, KillSwitch, Outcome,
+    ProbeSettings, Sent, Ttl,
 };
 
 use crate::support::{
@@ -249,6 +250,39 @@ async fn a_key_whose_node_may_hold_something_old_is_a_miss_where_there_is_no_oth
     eventually("the doubt is over", || client.nodes()[0].journal == 0).await;
     assert!(client.add("k", "new", Ttl::NEVER).await.unwrap());
     assert_eq!(client.get("k").await.unwrap().unwrap(), "new");
+}
+
+#[tokio::test]
+async fn a_write_that_a_kill_switch_drops_still_invalidates() {
+    let servers = servers(2).await;
+    let client = redistributing(&servers);
+    let switch = KillSwitch::default();
+    let group = GroupLayer::new("g")
+        .prefix("g:")
+        .kill_switch(switch.clone());
+    let group = client.layer(group);
+    for key in ["set", "deleted", "counted"] {
+        group.set(key, "1", Ttl::NEVER).await.unwrap();
+    }
+    switch.throw();
+    let error = group.set("set", "2", Ttl::NEVER).await.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::Disabled, Sent::No)
+    );
+    group.delete("deleted").await.unwrap_err();
+    group.increment("counted", 1).await.unwrap_err();
+    switch.reset();
+    for key in ["set", "deleted"] {
+        assert_eq!(group.get(key).await.unwrap(), None, "{key}");
+    }
+    assert_eq!(group.get("counted").await.unwrap().unwrap(), "1");
+    eventually("the keys are deleted", || {
+        servers
+            .iter()
+            .all(|server| server.peek("g:set").is_none() && server.peek("g:deleted").is_none())
+    })
+    .await;
 }
 
 async fn overflowing(overflow: JournalOverflow) -> (Vec<Server>, Client, Vec<Key>) {

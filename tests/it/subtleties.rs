@@ -7,8 +7,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tower::service_fn;
 use tower_memcached::{
-    BreakerState, Client, Cluster, ClusterSettings, ErrorKind, Executor, FailureMode, GroupLayer,
-    Node, NodeSettings, NodeSpec, Operation, ProbeSettings, Request, Response, Sent, Ttl, Value,
+    BreakerSettings, BreakerState, Client, Cluster, ClusterSettings, ErrorKind, Executor,
+    FailureMode, GroupLayer, Node, NodeSettings, NodeSpec, Operation, ProbeSettings, Request,
+    Response, Sent, Ttl, Value,
 };
 
 use crate::support::{
@@ -218,7 +219,14 @@ async fn retries_that_are_never_made_cost_nothing() {
     let server = server().await;
     let client = patient(std::slice::from_ref(&server))
         .attempt_timeout(ms(2))
-        .consecutive_timeouts(u32::MAX)
+        // However many fail, it stays in.
+        .breaker(
+            BreakerSettings::default()
+                .consecutive_timeouts(u32::MAX)
+                .failure_rate(101)
+                .slow_call_rate(101),
+        )
+        .probe(ProbeSettings::default().initial_delay(PATIENCE))
         .stall_timeout(PATIENCE)
         .retry_budget(tower_memcached::RetryBudget::new(0, 0))
         .build()

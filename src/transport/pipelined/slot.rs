@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
 use crate::protocol::{Pipeline, Ticket};
-use crate::request::{Operation, Request};
+use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 use crate::transport::{Address, Connector};
 use crate::value::CasToken;
@@ -503,7 +503,7 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         Operation::GetMany { keys } if keys.is_empty() => {
             return Ok(Started::Answered(Response::Values(Vec::new())));
         }
-        _ if request.is_hedging() => pool.choose_for_hedge(),
+        _ if request.purpose() == Purpose::Hedge => pool.choose_for_hedge(),
         _ => pool.choose(),
     };
     let now = Instant::now();
