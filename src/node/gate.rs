@@ -190,11 +190,11 @@ impl<I: Moment, C: Clone> Gate<I, C> {
     /// How long the node is left alone before its first probe: not at all, unless it was ejected
     /// again shortly after it had come back.
     pub(super) fn penalty(&self) -> Option<Duration> {
-        let relapses = self.lock().relapses;
-        let factor = self.settings.factor.powi(relapses.min(64) as i32);
+        let further = self.lock().relapses.checked_sub(1)?;
+        let factor = self.settings.factor.powi(further.min(64) as i32);
         let seconds = self.settings.reopening.as_secs_f64() * factor;
         let wait = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        (relapses > 0).then(|| wait.min(self.settings.longest_reopening))
+        Some(wait.min(self.settings.longest_reopening))
     }
 
     /// Closed or ramping to open. True if it was one of these.

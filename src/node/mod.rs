@@ -15,6 +15,8 @@
 
 mod classifier;
 mod gate;
+#[cfg(test)]
+mod gate_tests;
 mod journal;
 mod keeper;
 mod latency;
