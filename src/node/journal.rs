@@ -10,7 +10,7 @@
 //! first, whatever has been written meanwhile.
 
 use std::collections::hash_map::Entry as Place;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -64,21 +64,25 @@ pub(super) struct Journal {
 #[derive(Debug, Default)]
 struct Inner {
     keys: HashMap<Key, Entry>,
-    /// Those to be deleted as soon as may be.
-    queue: VecDeque<Key>,
-    /// Those to be deleted again then. Some may have been queued anew since: their generation is
-    /// another one.
-    resting: VecDeque<(Instant, Key, u64)>,
+    /// Those to be deleted, in the order in which that is due: a key is here once, at its entry's
+    /// [`due`](Entry::due), or not at all.
+    agenda: BTreeMap<Due, Key>,
     overflowed: bool,
+    /// Counts what happens to the keys.
     generation: u64,
 }
 
+/// When a key is to be deleted (`None` is as soon as may be), and a number to tell it from others.
+type Due = (Option<Instant>, u64);
+
 #[derive(Debug)]
 struct Entry {
+    /// Of the first time it was entered, since it was last removed.
+    entered: u64,
     /// Of the last time it was entered: the acknowledgement of an earlier deletion says nothing.
     generation: u64,
     again: Again,
-    queued: bool,
+    due: Option<Due>,
     /// Writes of it that are under way to the node: it is not deleted before their end.
     held: u32,
 }
@@ -93,9 +97,12 @@ enum Again {
     At(Instant),
 }
 
-/// A write under way, by the generation that it began in.
+/// A write under way, by what it has found here.
 #[derive(Debug)]
-pub(super) struct Hold(u64);
+pub(super) struct Hold {
+    entered: u64,
+    generation: u64,
+}
 
 /// A deletion to be made.
 #[derive(Clone, Debug)]
@@ -103,6 +110,30 @@ pub(super) struct Deletion {
     pub(super) key: Key,
     generation: u64,
     taken: Instant,
+}
+
+impl Inner {
+    fn count(&mut self) -> u64 {
+        self.generation += 1;
+        self.generation
+    }
+
+    /// Nothing is to be done at once.
+    fn is_idle(&self) -> bool {
+        !matches!(self.agenda.first_key_value(), Some(((None, _), _)))
+    }
+
+    /// Puts a key that is held on the agenda, in place of where it may be on it.
+    fn schedule(&mut self, key: &Key, then: Option<Instant>) {
+        let due = (then, self.count());
+        let Some(entry) = self.keys.get_mut(key) else {
+            return;
+        };
+        if let Some(before) = entry.due.replace(due) {
+            self.agenda.remove(&before);
+        }
+        self.agenda.insert(due, key.clone());
+    }
 }
 
 impl Journal {
@@ -128,45 +159,39 @@ impl Journal {
 
     pub(super) fn record(&self, key: &Key, reason: Reason) -> Recorded {
         let mut inner = self.lock();
-        let Inner {
-            keys,
-            queue,
-            overflowed,
-            generation,
-            ..
-        } = &mut *inner;
-        let full = keys.len() >= self.capacity;
-        *generation += 1;
-        let wake = queue.is_empty();
-        match keys.entry(key.clone()) {
+        let full = inner.keys.len() >= self.capacity;
+        let generation = inner.count();
+        match inner.keys.entry(key.clone()) {
             Place::Occupied(mut entry) => {
                 let entry = entry.get_mut();
-                entry.generation = *generation;
+                entry.generation = generation;
                 if reason == Reason::InDoubt {
                     entry.again = Again::AfterGrace;
                 }
-                if !std::mem::replace(&mut entry.queued, true) {
-                    queue.push_back(key.clone());
+                if let Some((None, _)) = entry.due {
+                    return Recorded::In { wake: false };
                 }
             }
             Place::Vacant(_) if full => {
-                let first = !std::mem::replace(overflowed, true);
+                let first = !std::mem::replace(&mut inner.overflowed, true);
                 return Recorded::Overflow { first };
             }
             Place::Vacant(place) => {
                 place.insert(Entry {
-                    generation: *generation,
+                    entered: generation,
+                    generation,
                     again: match reason {
                         Reason::Outdated => Again::No,
                         Reason::InDoubt => Again::AfterGrace,
                     },
-                    queued: true,
+                    due: None,
                     held: 0,
                 });
-                queue.push_back(key.clone());
-                self.held.store(keys.len(), Ordering::Release);
+                self.held.store(inner.keys.len(), Ordering::Release);
             }
         }
+        let wake = inner.is_idle();
+        inner.schedule(key, None);
         Recorded::In { wake }
     }
 
@@ -176,40 +201,30 @@ impl Journal {
             return None;
         }
         let inner = self.lock();
-        match inner.queue.is_empty() {
-            false => Some(now),
-            true => inner.resting.front().map(|&(due, ..)| due),
-        }
+        let ((due, _), _) = inner.agenda.first_key_value()?;
+        Some(due.unwrap_or(now))
     }
 
     /// Takes up to `most` deletions that are due.
     pub(super) fn take(&self, most: usize, now: Instant) -> Vec<Deletion> {
         let mut inner = self.lock();
         let inner = &mut *inner;
-        while inner.resting.front().is_some_and(|&(due, ..)| due <= now) {
-            let Some((_, key, generation)) = inner.resting.pop_front() else {
-                break;
-            };
-            if let Some(entry) = inner.keys.get_mut(&key)
-                && entry.generation == generation
-                && !std::mem::replace(&mut entry.queued, true)
-            {
-                inner.queue.push_back(key);
-            }
-        }
-        let taken = inner.queue.len().min(most);
-        let mut deletions = Vec::with_capacity(taken);
-        for key in inner.queue.drain(..taken) {
+        let mut deletions = Vec::new();
+        while deletions.len() < most
+            && let Some(first) = inner.agenda.first_entry()
+            && first.key().0.is_none_or(|due| due <= now)
+        {
+            let key = first.remove();
             if let Some(entry) = inner.keys.get_mut(&key) {
-                entry.queued = false;
-                if entry.held > 0 {
-                    continue;
+                entry.due = None;
+                // The end of the write will see to it.
+                if entry.held == 0 {
+                    deletions.push(Deletion {
+                        key,
+                        generation: entry.generation,
+                        taken: now,
+                    });
                 }
-                deletions.push(Deletion {
-                    key,
-                    generation: entry.generation,
-                    taken: now,
-                });
             }
         }
         deletions
@@ -231,19 +246,19 @@ impl Journal {
         };
         if let Some(then) = rests_until {
             entry.again = Again::At(then);
-            let resting = (then, deletion.key.clone(), deletion.generation);
-            inner.resting.push_back(resting);
+            inner.schedule(&deletion.key, Some(then));
             return;
         }
         self.remove(&mut inner, &deletion.key);
     }
 
     fn remove(&self, inner: &mut Inner, key: &Key) {
-        inner.keys.remove(key);
+        if let Some(due) = inner.keys.remove(key).and_then(|entry| entry.due) {
+            inner.agenda.remove(&due);
+        }
         if inner.keys.is_empty() {
             // An outage may have made it large.
             inner.keys = HashMap::new();
-            inner.queue = VecDeque::new();
         }
         self.held.store(inner.keys.len(), Ordering::Release);
     }
@@ -257,36 +272,41 @@ impl Journal {
         let mut inner = self.lock();
         let entry = inner.keys.get_mut(key)?;
         entry.held += 1;
-        Some(Hold(entry.generation))
+        Some(Hold {
+            entered: entry.entered,
+            generation: entry.generation,
+        })
     }
 
     /// Says whether whoever sees to the journal must be told.
-    pub(super) fn release(&self, key: &Key, Hold(generation): Hold, acknowledged: bool) -> bool {
+    pub(super) fn release(&self, key: &Key, hold: Hold, acknowledged: bool) -> bool {
         let mut inner = self.lock();
         let Some(entry) = inner.keys.get_mut(key) else {
             return false;
         };
-        entry.held = entry.held.saturating_sub(1);
         // Of a later entry nothing is known.
-        if acknowledged && entry.generation == generation && entry.again == Again::No {
+        if entry.entered != hold.entered {
+            return false;
+        }
+        entry.held = entry.held.saturating_sub(1);
+        if acknowledged && entry.generation == hold.generation && entry.again == Again::No {
             self.remove(&mut inner, key);
             return false;
         }
-        if std::mem::replace(&mut entry.queued, true) {
+        if entry.due.is_some() {
             return false;
         }
-        inner.queue.push_back(key.clone());
+        inner.schedule(key, None);
         true
     }
 
     /// It did not.
     pub(super) fn put_back(&self, deletion: Deletion) {
         let mut inner = self.lock();
-        let inner = &mut *inner;
-        if let Some(entry) = inner.keys.get_mut(&deletion.key)
-            && !std::mem::replace(&mut entry.queued, true)
+        if let Some(entry) = inner.keys.get(&deletion.key)
+            && entry.due.is_none()
         {
-            inner.queue.push_front(deletion.key);
+            inner.schedule(&deletion.key, None);
         }
     }
 
@@ -297,5 +317,376 @@ impl Journal {
     /// Everything that was on the node before is gone from it, so what was forgotten here is, too.
     pub(super) fn flushed(&self) {
         self.lock().overflowed = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(number: usize) -> Key {
+        Key::new(format!("key-{number}")).unwrap()
+    }
+
+    fn keys_of(deletions: &[Deletion]) -> Vec<Key> {
+        deletions.iter().map(|of| of.key.clone()).collect()
+    }
+
+    fn recorded(journal: &Journal, key: &Key, reason: Reason) {
+        assert!(matches!(journal.record(key, reason), Recorded::In { .. }));
+    }
+
+    /// Takes the one deletion that is due.
+    fn take_one(journal: &Journal, now: Instant) -> Deletion {
+        let mut due = journal.take(9, now);
+        assert_eq!(due.len(), 1);
+        due.remove(0)
+    }
+
+    #[test]
+    fn an_error_says_whether_a_write_may_still_be_executed() {
+        let reason = |kind| Reason::of(&Error::new(kind, "").with_sent(crate::Sent::Maybe));
+        assert_eq!(reason(ErrorKind::ConnectionLost), Reason::Outdated);
+        for kind in [
+            ErrorKind::Timeout,
+            ErrorKind::Unresponsive,
+            ErrorKind::Protocol,
+            ErrorKind::Shutdown,
+            ErrorKind::Layer,
+        ] {
+            assert_eq!(reason(kind), Reason::InDoubt, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_may_still_be_executed_is_deleted_again_after_a_while() {
+        let (journal, key, began) = (Journal::new(9), key(0), Instant::now());
+        recorded(&journal, &key, Reason::InDoubt);
+        journal.deleted(&take_one(&journal, began), began);
+        assert!(journal.holds(&key));
+        assert_eq!(journal.due(began), Some(began + GRACE));
+        assert!(
+            journal
+                .take(9, began + GRACE - Duration::from_millis(1))
+                .is_empty()
+        );
+        let second = take_one(&journal, began + GRACE);
+        journal.deleted(&second, began + GRACE);
+        assert!(!journal.holds(&key));
+        assert_eq!(journal.due(began + GRACE), None);
+    }
+
+    #[test]
+    fn a_second_deletion_is_made_when_it_is_due_whatever_came_between() {
+        let (journal, now) = (Journal::new(9), Instant::now());
+        let (first, second) = (key(1), key(2));
+        let at = |tenths: u64| now + Duration::from_millis(tenths * 100);
+        recorded(&journal, &first, Reason::InDoubt);
+        journal.deleted(&take_one(&journal, at(0)), at(0));
+        recorded(&journal, &second, Reason::InDoubt);
+        journal.deleted(&take_one(&journal, at(10)), at(10));
+        recorded(&journal, &first, Reason::Outdated);
+        journal.deleted(&take_one(&journal, at(15)), at(15));
+        assert_eq!(journal.due(at(15)), Some(at(20)));
+        assert_eq!(keys_of(&journal.take(9, at(20))), [first]);
+        assert_eq!(journal.due(at(20)), Some(at(30)));
+        assert_eq!(keys_of(&journal.take(9, at(30))), [second]);
+    }
+
+    #[test]
+    fn a_write_of_the_same_key_does_what_its_deletion_would() {
+        let (journal, key) = (Journal::new(9), key(0));
+        assert!(
+            journal.hold(&key).is_none(),
+            "there is nothing to make up for"
+        );
+        recorded(&journal, &key, Reason::Outdated);
+        let hold = journal.hold(&key).unwrap();
+        assert!(
+            journal.take(9, Instant::now()).is_empty(),
+            "it would delete what is written"
+        );
+        assert!(!journal.release(&key, hold, true));
+        assert!(!journal.holds(&key));
+    }
+
+    #[test]
+    fn a_write_says_nothing_of_what_came_after_it_or_may_still_come() {
+        let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
+        recorded(&journal, &key, Reason::Outdated);
+        let hold = journal.hold(&key).unwrap();
+        recorded(&journal, &key, Reason::Outdated);
+        journal.release(&key, hold, true);
+        assert!(journal.holds(&key), "entered again after the write began");
+        journal.deleted(&take_one(&journal, now), now);
+        recorded(&journal, &key, Reason::InDoubt);
+        let hold = journal.hold(&key).unwrap();
+        journal.release(&key, hold, true);
+        assert!(
+            journal.holds(&key),
+            "what is in doubt may be executed after the write"
+        );
+        assert_eq!(keys_of(&journal.take(9, now)), [key]);
+    }
+
+    #[test]
+    fn what_could_not_be_deleted_is_deleted_later() {
+        let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
+        recorded(&journal, &key, Reason::Outdated);
+        journal.put_back(take_one(&journal, now));
+        assert_eq!(journal.due(now), Some(now));
+        journal.deleted(&take_one(&journal, now), now);
+        assert!(!journal.holds(&key));
+    }
+
+    #[test]
+    fn a_full_journal_says_so_once_until_the_node_is_flushed() {
+        let journal = Journal::new(1);
+        let record = |number| journal.record(&key(number), Reason::Outdated);
+        assert_eq!(record(0), Recorded::In { wake: true });
+        assert_eq!(record(0), Recorded::In { wake: false });
+        for _ in 0..2 {
+            assert_eq!(record(1), Recorded::Overflow { first: true });
+            assert_eq!(record(2), Recorded::Overflow { first: false });
+            assert!(journal.has_overflowed());
+            assert_eq!(record(0), Recorded::In { wake: false }, "it is in already");
+            journal.flushed();
+            assert!(!journal.has_overflowed());
+        }
+        assert_eq!(journal.len(), 1);
+    }
+
+    const CAPACITY: usize = 3;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Event {
+        Record(usize, Reason),
+        /// A write of it begins, and ends.
+        Hold(usize),
+        Release(prop::sample::Index, bool),
+        Take(usize),
+        /// A deletion ends.
+        Deleted(prop::sample::Index),
+        PutBack(prop::sample::Index),
+        Flushed,
+        Pass(Duration),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let (key, any) = (0..=CAPACITY, any::<prop::sample::Index>);
+        let reason = prop_oneof![Just(Reason::Outdated), Just(Reason::InDoubt)];
+        let event = prop_oneof![
+            4 => (key.clone(), reason).prop_map(|(key, reason)| Event::Record(key, reason)),
+            2 => key.prop_map(Event::Hold),
+            2 => (any(), prop::bool::ANY).prop_map(|(which, ok)| Event::Release(which, ok)),
+            4 => prop_oneof![Just(1), Just(9)].prop_map(Event::Take),
+            4 => any().prop_map(Event::Deleted),
+            1 => any().prop_map(Event::PutBack),
+            1 => Just(Event::Flushed),
+            2 => prop_oneof![Just(700), Just(2_000)].prop_map(Duration::from_millis).prop_map(Event::Pass),
+        ];
+        vec(event, 0..120)
+    }
+
+    /// What is known of a key. Times of the model are numbers of events.
+    #[derive(Clone, Copy, Debug)]
+    struct Known {
+        entered: usize,
+        recorded: usize,
+        in_doubt: bool,
+        /// A deletion since `recorded` has been acknowledged.
+        deleted: bool,
+        /// Since the last doubt a deletion has been, and this is when the second may be taken.
+        second_from: Option<Instant>,
+    }
+
+    #[derive(Default)]
+    struct Model {
+        keys: HashMap<usize, Known>,
+        /// Writes under way: of which key, entered when, begun when.
+        holds: Vec<(usize, usize, usize, Hold)>,
+        /// Deletions under way, taken when.
+        deletions: Vec<(usize, usize, Deletion)>,
+        overflowed: bool,
+    }
+
+    impl Model {
+        fn is_held(&self, key: usize) -> bool {
+            let held = |&(of, entered, ..): &(usize, usize, usize, Hold)| {
+                of == key
+                    && self
+                        .keys
+                        .get(&key)
+                        .is_some_and(|known| known.entered == entered)
+            };
+            self.holds.iter().any(held)
+        }
+
+        /// When it has to be deleted, unless that is under way or has to wait for a write.
+        fn due(&self, key: usize, now: Instant) -> Option<Instant> {
+            let known = self.keys.get(&key)?;
+            let current =
+                |&(of, taken, _): &(usize, usize, Deletion)| of == key && taken > known.recorded;
+            match known.second_from {
+                _ if self.is_held(key) || self.deletions.iter().any(current) => None,
+                Some(from) if known.deleted => Some(from.max(now)),
+                _ => Some(now),
+            }
+        }
+
+        fn deleted(&mut self, key: usize, taken: usize, taken_at: Instant, now: Instant) {
+            let Some(known) = self.keys.get_mut(&key) else {
+                return;
+            };
+            if taken < known.recorded {
+                return;
+            }
+            known.deleted = true;
+            match known.second_from {
+                None if known.in_doubt => known.second_from = Some(now + GRACE),
+                Some(from) if taken_at < from => {}
+                _ => _ = self.keys.remove(&key),
+            }
+        }
+    }
+
+    fn index(key: &Key) -> usize {
+        (0..=CAPACITY)
+            .find(|&number| self::key(number) == *key)
+            .unwrap()
+    }
+
+    fn listed(journal: &Journal) -> usize {
+        let inner = journal.lock();
+        inner.agenda.len()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn it_holds_what_is_not_known_to_be_deleted(events in events()) {
+            let journal = Journal::new(CAPACITY);
+            let mut model = Model::default();
+            let mut now = Instant::now();
+            for (step, event) in events.into_iter().enumerate() {
+                let due_before = journal.due(now);
+                let mut told = None;
+                match event {
+                    Event::Record(number, reason) => {
+                        let full = model.keys.len() >= CAPACITY;
+                        match journal.record(&key(number), reason) {
+                            Recorded::In { wake } => {
+                                prop_assert!(!full || model.keys.contains_key(&number));
+                                told = Some(wake);
+                                let known = model.keys.entry(number).or_insert(Known {
+                                    entered: step,
+                                    recorded: step,
+                                    in_doubt: false,
+                                    deleted: false,
+                                    second_from: None,
+                                });
+                                known.recorded = step;
+                                known.deleted = false;
+                                if reason == Reason::InDoubt {
+                                    known.in_doubt = true;
+                                    known.second_from = None;
+                                }
+                            }
+                            Recorded::Overflow { first } => {
+                                prop_assert!(full && !model.keys.contains_key(&number));
+                                prop_assert_eq!(first, !model.overflowed);
+                                model.overflowed = true;
+                            }
+                        }
+                    }
+                    Event::Hold(number) => {
+                        let hold = journal.hold(&key(number));
+                        prop_assert_eq!(hold.is_some(), model.keys.contains_key(&number));
+                        if let Some(hold) = hold {
+                            let entered = model.keys[&number].entered;
+                            model.holds.push((number, entered, step, hold));
+                        }
+                    }
+                    Event::Release(which, acknowledged) if !model.holds.is_empty() => {
+                        let which = which.index(model.holds.len());
+                        let (number, _, begun, hold) = model.holds.swap_remove(which);
+                        told = Some(journal.release(&key(number), hold, acknowledged));
+                        let replaced = model.keys.get(&number).is_some_and(|known| {
+                            acknowledged && !known.in_doubt && begun > known.recorded
+                        });
+                        if replaced {
+                            model.keys.remove(&number);
+                        }
+                    }
+                    Event::Take(most) => {
+                        let due: Vec<_> = (0..=CAPACITY).filter(|&key| model.due(key, now) == Some(now)).collect();
+                        let taken = journal.take(most, now);
+                        prop_assert!(taken.len() <= most);
+                        let numbers: Vec<_> = taken.iter().map(|of| index(&of.key)).collect();
+                        for (at, number) in numbers.iter().enumerate() {
+                            prop_assert!(model.keys.contains_key(number));
+                            prop_assert!(!model.is_held(*number), "it is being written");
+                            prop_assert!(!numbers[..at].contains(number), "twice at once");
+                        }
+                        if most > CAPACITY {
+                            prop_assert!(due.iter().all(|key| numbers.contains(key)), "{:?} of {:?}", numbers, due);
+                        }
+                        model.deletions.extend(numbers.into_iter().zip(taken).map(|(number, of)| (number, step, of)));
+                    }
+                    Event::Deleted(which) if !model.deletions.is_empty() => {
+                        let which = which.index(model.deletions.len());
+                        let (number, taken, deletion) = model.deletions.swap_remove(which);
+                        journal.deleted(&deletion, now);
+                        model.deleted(number, taken, deletion.taken, now);
+                    }
+                    Event::PutBack(which) if !model.deletions.is_empty() => {
+                        let which = which.index(model.deletions.len());
+                        journal.put_back(model.deletions.swap_remove(which).2);
+                    }
+                    Event::Flushed => {
+                        journal.flushed();
+                        model.overflowed = false;
+                    }
+                    Event::Pass(time) => now += time,
+                    Event::Release(..) | Event::Deleted(_) | Event::PutBack(_) => {}
+                }
+                prop_assert_eq!(journal.len(), model.keys.len());
+                prop_assert_eq!(journal.has_overflowed(), model.overflowed);
+                for number in 0..=CAPACITY {
+                    prop_assert_eq!(journal.holds(&key(number)), model.keys.contains_key(&number));
+                }
+                prop_assert!(listed(&journal) <= model.keys.len(), "{:?}", journal);
+                let due = journal.due(now);
+                for number in 0..=CAPACITY {
+                    if let Some(owed) = model.due(number, now) {
+                        prop_assert!(due.is_some_and(|due| due <= owed), "{} is forgotten", number);
+                    }
+                }
+                let earlier = due.is_some_and(|due| due_before.is_none_or(|before| due < before));
+                if earlier && let Some(told) = told {
+                    prop_assert!(told, "whoever sees to it sleeps on");
+                }
+            }
+            // Left alone, it comes to an end.
+            for (number, _, _, hold) in std::mem::take(&mut model.holds) {
+                journal.release(&key(number), hold, false);
+            }
+            for (_, _, deletion) in std::mem::take(&mut model.deletions) {
+                journal.put_back(deletion);
+            }
+            let ends = now + GRACE;
+            while let Some(due) = journal.due(now) {
+                prop_assert!(due <= ends);
+                now = due;
+                for deletion in journal.take(9, now) {
+                    journal.deleted(&deletion, now);
+                }
+            }
+            prop_assert_eq!(journal.len(), 0);
+        }
     }
 }

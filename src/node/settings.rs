@@ -241,7 +241,7 @@ impl Default for JournalSettings {
 }
 
 impl JournalSettings {
-    /// How many keys are remembered for each node; 100,000 by default, which take about 16 MiB when
+    /// How many keys are remembered for each node; 100,000 by default, which take about 28 MiB when
     /// they are short.
     #[must_use]
     pub fn capacity(mut self, keys: usize) -> Self {
