@@ -58,3 +58,60 @@ impl<'a> Verdict<'a> {
         "answered", "timeout", "failed", "refused", "dropped", "late",
     ];
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn each_outcome_has_its_verdict() {
+        let error =
+            |kind, sent, charge| Err(Error::new(kind, "").with_sent(sent).charged_to(charge));
+        let nodes = |kind, sent| error(kind, sent, Charge::Node);
+        let nobodys = |kind, sent| error(kind, sent, Charge::Nobody);
+        let partly = |failure: Result<Response>| {
+            let outcomes = vec![Ok(None), failure.map(|_| None)];
+            Ok(Response::Values(outcomes))
+        };
+        let cases = [
+            // A miss, and a condition that did not hold, are answers.
+            (Ok(Response::Value(None)), "answered"),
+            (Ok(Response::Stored(false)), "answered"),
+            (partly(Ok(Response::Value(None))), "answered"),
+            // So is a refusal: a server that says so is there.
+            (nobodys(ErrorKind::Server, Sent::Yes), "answered"),
+            (nobodys(ErrorKind::Rejected, Sent::Yes), "answered"),
+            (nobodys(ErrorKind::ValueTooLarge, Sent::Yes), "answered"),
+            (nobodys(ErrorKind::NotANumber, Sent::Yes), "answered"),
+            (nodes(ErrorKind::Timeout, Sent::Maybe), "timeout"),
+            (partly(nodes(ErrorKind::Timeout, Sent::Maybe)), "timeout"),
+            (nodes(ErrorKind::ConnectionFailed, Sent::No), "failed"),
+            (nodes(ErrorKind::ConnectionLost, Sent::Maybe), "failed"),
+            (nodes(ErrorKind::Unresponsive, Sent::Maybe), "failed"),
+            (nodes(ErrorKind::Protocol, Sent::Maybe), "failed"),
+            // Our own bounds, deadlines and layers.
+            (nobodys(ErrorKind::Overloaded, Sent::No), "refused"),
+            (nobodys(ErrorKind::NodeUnavailable, Sent::No), "refused"),
+            (nobodys(ErrorKind::ConnectionFailed, Sent::No), "refused"),
+            (nobodys(ErrorKind::Timeout, Sent::No), "refused"),
+            (nobodys(ErrorKind::Timeout, Sent::Maybe), "refused"),
+            (nobodys(ErrorKind::Layer, Sent::Maybe), "refused"),
+            (nobodys(ErrorKind::Shutdown, Sent::Maybe), "refused"),
+            (
+                error(ErrorKind::Timeout, Sent::Maybe, Charge::OurLateness),
+                "late",
+            ),
+        ];
+        for (outcome, expected) in &cases {
+            let verdict = Verdict::of(Some(outcome));
+            assert_eq!(
+                Verdict::OUTCOMES[verdict.outcome()],
+                *expected,
+                "{outcome:?}"
+            );
+        }
+        let dropped = Verdict::of(None);
+        assert_eq!(Verdict::OUTCOMES[dropped.outcome()], "dropped");
+    }
+}

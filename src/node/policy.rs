@@ -190,6 +190,275 @@ impl Policy {
     }
 }
 
+/// Over 100 % is never, even though slow requests are counted before all of them are answered.
 fn over(counted: u32, of: u32, percent: u32) -> bool {
-    u64::from(counted) * 100 >= u64::from(of) * u64::from(percent)
+    percent <= 100 && u64::from(counted) * 100 >= u64::from(of) * u64::from(percent)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ATTEMPT: Duration = Duration::from_millis(30);
+
+    /// A policy, and a time at which it has been there for a while.
+    fn policy(settings: BreakerSettings) -> (Policy, Instant) {
+        let policy = Policy::new(settings, ATTEMPT);
+        let now = policy.began + Duration::from_secs(100);
+        (policy, now)
+    }
+
+    fn millis(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn three_timeouts_in_a_row_are_too_many() {
+        let (policy, now) = policy(BreakerSettings::default());
+        assert_eq!(policy.timed_out(now), None);
+        assert_eq!(policy.timed_out(now + ATTEMPT), None);
+        assert_eq!(policy.timed_out(now + ATTEMPT), Some(Trip::Timeouts(3)));
+    }
+
+    #[test]
+    fn a_burst_that_times_out_together_is_one_event() {
+        let (policy, now) = policy(BreakerSettings::default());
+        for request in 0..100 {
+            let sent_at = now + ATTEMPT * request / 100;
+            assert_eq!(policy.timed_out(sent_at), None, "{request}");
+        }
+        assert_eq!(policy.timed_out(now + ATTEMPT), Some(Trip::Timeouts(101)));
+    }
+
+    #[test]
+    fn an_answer_ends_a_row_of_timeouts() {
+        let (policy, now) = policy(BreakerSettings::default());
+        for round in 0..10 {
+            let now = now + ATTEMPT * 9 * round;
+            assert_eq!(policy.timed_out(now), None);
+            assert_eq!(policy.timed_out(now + ATTEMPT), None);
+            policy.answered(1, now + ATTEMPT);
+        }
+        policy.timed_out(now);
+        policy.timed_out(now + ATTEMPT);
+        policy.reset();
+        assert_eq!(policy.timed_out(now + ATTEMPT * 2), None);
+    }
+
+    /// `good` answers, then a failure every tenth of a second: what comes of the last of `bad`.
+    fn failures(good: u32, bad: u32) -> Option<Trip> {
+        let (policy, now) = policy(BreakerSettings::default());
+        policy.answered(good, now);
+        let outcome = |nth| {
+            let sent_at = now + millis(100) * nth;
+            policy.failed(sent_at, sent_at + ATTEMPT)
+        };
+        (1..=bad).map(outcome).last().flatten()
+    }
+
+    #[test]
+    fn half_of_all_requests_failing_is_too_much_if_there_are_enough() {
+        assert_eq!(
+            failures(20, 20),
+            Some(Trip::Failures { failed: 20, of: 40 })
+        );
+        assert_eq!(failures(20, 19), None, "less than half");
+        assert_eq!(failures(0, 19), None, "too few to judge by");
+        assert_eq!(failures(0, 20), Some(Trip::Failures { failed: 20, of: 20 }));
+        let few = failures(9, 11);
+        assert_eq!(few, Some(Trip::Failures { failed: 11, of: 20 }));
+        assert_eq!(failures(10, 10), None, "within less than a second");
+    }
+
+    #[test]
+    fn four_fifths_of_all_requests_being_slow_is_too_much() {
+        let (policy, now) = policy(BreakerSettings::default());
+        policy.answered(100, now);
+        assert_eq!(policy.slow(50, now, now), None);
+        let later = now + LEAST_SPAN;
+        assert_eq!(policy.slow(29, later, later), None);
+        assert_eq!(
+            policy.slow(1, later, later),
+            Some(Trip::Slow { slow: 80, of: 100 })
+        );
+        assert_eq!(policy.slow_after(), ATTEMPT / 2);
+    }
+
+    #[test]
+    fn what_was_ten_seconds_ago_does_not_count() {
+        let (policy, now) = policy(BreakerSettings::default());
+        for nth in 0..19 {
+            assert_eq!(policy.failed(now + millis(100) * nth, now), None);
+        }
+        let later = now + Duration::from_secs(11);
+        assert_eq!(policy.failed(later, later), None);
+        let soon = now + Duration::from_secs(20);
+        assert_eq!(
+            policy.failed(soon, soon),
+            None,
+            "two of two, far apart, are not enough"
+        );
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Event {
+        Answered(u32),
+        /// Sent so long before.
+        Failed(Duration),
+        Slow(u32, Duration),
+        TimedOut(Duration),
+        Reset,
+        Pass(Duration),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let age = || prop_oneof![0..40u64, 0..2_000u64].prop_map(millis);
+        let pause = prop_oneof![4 => 0..50u64, 4 => 0..1_500u64, 1 => 8_000..12_000u64];
+        let event = prop_oneof![
+            4 => (0..4u32).prop_map(Event::Answered),
+            8 => age().prop_map(Event::Failed),
+            4 => (0..6u32, age()).prop_map(|(requests, age)| Event::Slow(requests, age)),
+            4 => age().prop_map(Event::TimedOut),
+            8 => pause.prop_map(millis).prop_map(Event::Pass),
+        ];
+        // Forgetting everything is rare.
+        let event = prop_oneof![60 => event, 1 => Just(Event::Reset)];
+        vec(event, 0..160)
+    }
+
+    /// One request, or several: found when, and sent when.
+    #[derive(Clone, Copy)]
+    struct Seen {
+        kind: Kind,
+        requests: u32,
+        found: Instant,
+        sent: Instant,
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Kind {
+        Answered,
+        Failed,
+        Slow,
+    }
+
+    /// Everything that has been seen, by its exact time.
+    struct Model {
+        settings: BreakerSettings,
+        began: Instant,
+        seen: Vec<Seen>,
+        timeouts: Vec<Instant>,
+    }
+
+    impl Model {
+        /// The window moves by whole seconds, counted from when the policy was made (less the
+        /// millisecond that tells the first from never).
+        fn second(&self, moment: Instant) -> u64 {
+            (moment + millis(1) - self.began).as_secs()
+        }
+
+        fn saw(&mut self, kind: Kind, requests: u32, found: Instant, sent: Instant) {
+            let seen = Seen {
+                kind,
+                requests,
+                found,
+                sent,
+            };
+            self.seen.push(seen);
+        }
+
+        /// Of the last window, if that is enough to judge by: how many of how many are this, when
+        /// what is judged was just sent.
+        fn share(&self, kind: Kind, now: Instant, sent: Instant) -> Option<(u32, u32)> {
+            let recent = |seen: &&Seen| self.second(now) - self.second(seen.found) < BUCKETS;
+            let count = |of: fn(Kind, Kind) -> bool| {
+                let counted = self
+                    .seen
+                    .iter()
+                    .filter(recent)
+                    .filter(|seen| of(seen.kind, kind));
+                counted.map(|seen| seen.requests).sum::<u32>()
+            };
+            let (counted, of) = (
+                count(|seen, kind| seen == kind),
+                count(|seen, _| seen != Kind::Slow),
+            );
+            let bad = self
+                .seen
+                .iter()
+                .filter(recent)
+                .filter(|seen| seen.kind == kind);
+            let first = bad.map(|seen| seen.sent).min()?;
+            let apart = sent.saturating_duration_since(first) >= Duration::from_secs(1);
+            (of >= self.settings.minimum_requests && apart).then_some((counted, of))
+        }
+    }
+
+    fn is_share(counted: u32, of: u32, percent: u32) -> bool {
+        f64::from(counted) / f64::from(of) >= f64::from(percent) / 100.0
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn it_trips_when_the_exact_history_says_so(
+            events in events(),
+            failure_rate in prop_oneof![Just(50), Just(30), Just(101)],
+            slow_call_rate in prop_oneof![Just(80), Just(25), Just(101)],
+            minimum in prop_oneof![Just(20), Just(5)],
+        ) {
+            let settings = BreakerSettings::default()
+                .failure_rate(failure_rate)
+                .slow_call_rate(slow_call_rate)
+                .minimum_requests(minimum);
+            let (policy, mut now) = policy(settings.clone());
+            let (seen, timeouts) = (Vec::new(), Vec::new());
+            let mut model = Model { settings, began: policy.began, seen, timeouts };
+            for event in events {
+                match event {
+                    Event::Answered(requests) => {
+                        policy.answered(requests, now);
+                        model.saw(Kind::Answered, requests, now, now);
+                        model.timeouts.clear();
+                    }
+                    Event::Failed(age) => {
+                        let sent = now - age;
+                        model.saw(Kind::Failed, 1, now, sent);
+                        let trips = model
+                            .share(Kind::Failed, now, sent)
+                            .filter(|&(failed, of)| failure_rate <= 100 && is_share(failed, of, failure_rate))
+                            .map(|(failed, of)| Trip::Failures { failed, of });
+                        prop_assert_eq!(policy.failed(sent, now), trips);
+                    }
+                    Event::Slow(requests, age) => {
+                        let sent = now - age;
+                        model.saw(Kind::Slow, requests, now, sent);
+                        let trips = model
+                            .share(Kind::Slow, now, sent)
+                            .filter(|&(slow, of)| slow_call_rate <= 100 && is_share(slow, of, slow_call_rate))
+                            .map(|(slow, of)| Trip::Slow { slow, of });
+                        prop_assert_eq!(policy.slow(requests, sent, now), trips);
+                    }
+                    Event::TimedOut(age) => {
+                        model.timeouts.push(now - age);
+                        let sent = model.timeouts.iter();
+                        let span = *sent.clone().max().unwrap() - *sent.min().unwrap();
+                        let count = model.timeouts.len() as u32;
+                        let trips = (count >= 3 && span >= ATTEMPT).then_some(Trip::Timeouts(count));
+                        prop_assert_eq!(policy.timed_out(now - age), trips);
+                    }
+                    Event::Reset => {
+                        policy.reset();
+                        model.seen.clear();
+                        model.timeouts.clear();
+                    }
+                    Event::Pass(time) => now += time,
+                }
+            }
+        }
+    }
 }
