@@ -221,7 +221,14 @@ impl Agenda {
         }
         // What enters while this goes on is seen to afterwards: it is not used until then.
         while delete_due(shared).await? == DELETIONS {}
+        if shared.forgets() {
+            return Err(journal_overflowed());
+        }
         shared.readmit();
+        // In between, and to a node that was still out.
+        if shared.forgets() {
+            shared.open(EjectionCause::Journal, &journal_overflowed());
+        }
         Ok(())
     }
 

@@ -183,11 +183,17 @@ impl Shared {
             }
             Recorded::Overflow { first } => {
                 self.meters.count(Counted::JournalOverflow);
-                if first && self.settings.journal.overflow != JournalOverflow::Serve {
+                if first && self.forgets() {
                     self.open(EjectionCause::Journal, &keeper::journal_overflowed());
                 }
             }
         }
+    }
+
+    /// Whether something old on it is not known any more, and must not be read.
+    pub(super) fn forgets(&self) -> bool {
+        let serves = self.settings.journal.overflow == JournalOverflow::Serve;
+        !serves && self.journal.has_overflowed()
     }
 
     /// Something of its keys has been left on another node, where it may live for `lifetime`.

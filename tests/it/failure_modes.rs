@@ -6,7 +6,8 @@ use futures::future::join_all;
 use tokio::time::Instant;
 use tower_memcached::testing::Server;
 use tower_memcached::{
-    BreakerState, Client, ErrorKind, FailureMode, Outcome, ProbeSettings, RetryBudget, Sent, Ttl,
+    BreakerState, Client, ErrorKind, FailureMode, JournalOverflow, JournalSettings, Outcome,
+    ProbeSettings, RetryBudget, Sent, Ttl,
 };
 
 use crate::support::{addresses, keys_of, patient, servers, state, until_closed, until_open};
@@ -126,6 +127,26 @@ async fn an_open_node_gets_probes_only_and_they_alone_bring_it_back() {
     until_closed(&client, 2).await;
     client.set(&keys[0], "back", Ttl::NEVER).await.unwrap();
     assert!(servers[2].peek(keys[0].as_bytes()).is_some());
+}
+
+#[tokio::test]
+async fn a_node_that_may_serve_what_it_has_comes_back_with_its_journal_overflowed() {
+    let servers = servers(3).await;
+    let journal = JournalSettings::default().capacity(1);
+    let client = patient(&servers)
+        .attempt_timeout(ATTEMPT)
+        .journal(journal.overflow(JournalOverflow::Serve))
+        .build()
+        .unwrap();
+    let keys = keys_of(&servers, 2, 3);
+    client.get_many(&keys).await;
+    servers[2].refuse();
+    until_open(&client, 2).await;
+    for key in &keys {
+        client.set(key, "away", Ttl::NEVER).await.unwrap();
+    }
+    servers[2].accept().unwrap();
+    until_closed(&client, 2).await;
 }
 
 #[tokio::test]
