@@ -97,8 +97,8 @@ impl Policy {
             .fetch_add(requests, Ordering::Relaxed);
     }
 
-    /// So many requests, the first of them sent then, were not answered as soon as they should
-    /// have been. They are counted as answered, or as failed, besides.
+    /// So many of the requests that were counted as answered, or as failed, the first of them sent
+    /// then, took too long.
     pub(super) fn slow(&self, requests: u32, sent_at: Instant, now: Instant) -> Option<Trip> {
         self.note(SLOW, requests, sent_at, now);
         let (slow, of) = self.share(SLOW, LEAST_SPAN, sent_at, now)?;
@@ -250,10 +250,14 @@ mod tests {
 
     /// `good` answers, then a failure every tenth of a second: what comes of the last of `bad`.
     fn failures(good: u32, bad: u32) -> Option<Trip> {
+        failures_each(millis(100), good, bad)
+    }
+
+    fn failures_each(interval: Duration, good: u32, bad: u32) -> Option<Trip> {
         let (policy, now) = policy(BreakerSettings::default());
         policy.answered(good, now);
         let outcome = |nth| {
-            let sent_at = now + millis(100) * nth;
+            let sent_at = now + interval * nth;
             policy.failed(sent_at, sent_at + ATTEMPT)
         };
         (1..=bad).map(outcome).last().flatten()
@@ -270,7 +274,11 @@ mod tests {
         assert_eq!(failures(0, 20), Some(Trip::Failures { failed: 20, of: 20 }));
         let few = failures(9, 11);
         assert_eq!(few, Some(Trip::Failures { failed: 11, of: 20 }));
-        assert_eq!(failures(10, 10), None, "within less than a second");
+        // The first and the last of ten are nine intervals apart.
+        let just = ATTEMPT * LEAST_ATTEMPTS / 9 + millis(1);
+        assert!(failures_each(just, 10, 10).is_some());
+        let event = failures_each(just - millis(2), 10, 10);
+        assert_eq!(event, None, "too close together");
     }
 
     #[test]
@@ -392,7 +400,11 @@ mod tests {
                 .filter(recent)
                 .filter(|seen| seen.kind == kind);
             let first = bad.map(|seen| seen.sent).min()?;
-            let apart = sent.saturating_duration_since(first) >= Duration::from_secs(1);
+            let least = match kind {
+                Kind::Failed => ATTEMPT * LEAST_ATTEMPTS,
+                _ => LEAST_SPAN,
+            };
+            let apart = sent.saturating_duration_since(first) >= least;
             (of >= self.settings.minimum_requests && apart).then_some((counted, of))
         }
     }

@@ -517,7 +517,13 @@ impl Shared {
         // It has judged its own time-outs as well, connection by connection.
         let counted = self.times_attempts && error.is_timeout();
         let in_a_row = counted.then(|| self.policy.timed_out(started)).flatten();
-        if let Some(trip) = in_a_row.or_else(|| self.policy.failed(started, now)) {
+        let trip = in_a_row
+            .or_else(|| self.policy.failed(started, now))
+            .or_else(|| {
+                let slow = error.is_timeout();
+                slow.then(|| self.policy.slow(1, started, now)).flatten()
+            });
+        if let Some(trip) = trip {
             self.trip(trip, Some(error));
         }
     }

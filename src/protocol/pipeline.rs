@@ -136,7 +136,7 @@ pub(crate) struct Pipeline<W> {
     /// Requests in order: the first `in_flight` of them are taken, the rest queued.
     requests: VecDeque<Entry>,
     in_flight: usize,
-    /// How many of those in flight, from the oldest on, are known to be slow.
+    /// Of how many of those in flight, from the oldest on, it was noted whether they are slow.
     slow: usize,
     /// The bytes of the queued ones.
     heads: BytesMut,
@@ -167,6 +167,8 @@ pub(crate) struct Match {
     pub(crate) timely: bool,
     /// It is its only, or its last reply.
     pub(crate) last: bool,
+    /// It came late, though not too late, for a request sent then.
+    pub(crate) slow: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -193,6 +195,7 @@ struct Entry {
     /// Whether that is still to be judged. A caller who left of its own accord does not want it
     /// judged; one who left because of its deadline does.
     watched: bool,
+    slow: bool,
     /// The key of a write whose caller left while it was in flight.
     left: Option<Box<Key>>,
     opaque: u32,
@@ -385,6 +388,7 @@ impl<W> Pipeline<W> {
             deadline,
             judge_at,
             watched: true,
+            slow: false,
             left: None,
             opaque,
             expect,
@@ -593,24 +597,19 @@ impl<W> Pipeline<W> {
         self.heads = alive;
     }
 
-    /// Those in flight that have waited for `slow_after` by `now` and were not known to: how many,
-    /// and when the first of them was sent.
-    pub(crate) fn newly_slow(
-        &mut self,
-        now: Instant,
-        slow_after: Duration,
-    ) -> Option<(u32, Instant)> {
-        let mut first = None;
-        let mut count = 0;
-        while let Some(sent_at) = self.oldest_not_slow().filter(|&at| at + slow_after <= now) {
-            first.get_or_insert(sent_at);
-            count += 1;
+    /// Takes note of those in flight that have waited for `slow_after` by `now`: their answers will
+    /// be slow ones, unless `now` is later than it should have been looked.
+    pub(crate) fn note_slow(&mut self, now: Instant, slow_after: Duration, late: bool) {
+        while self
+            .oldest_not_slow()
+            .is_some_and(|sent_at| after(sent_at, slow_after) <= now)
+        {
+            self.requests[self.slow].slow = !late;
             self.slow += 1;
         }
-        first.map(|first| (count, first))
     }
 
-    /// When the oldest request in flight that is not known to be slow was sent.
+    /// When the oldest request in flight of which nothing was [noted](Self::note_slow) was sent.
     pub(crate) fn oldest_not_slow(&self) -> Option<Instant> {
         let mut flying = self.requests.range(..self.in_flight);
         flying.nth(self.slow).and_then(|entry| entry.sent_at)
@@ -636,6 +635,7 @@ impl<W> Pipeline<W> {
                 return Ok(Match {
                     timely,
                     last: false,
+                    slow: None,
                 });
             }
             Answer::Final(outcome) => (outcome, None),
@@ -645,10 +645,16 @@ impl<W> Pipeline<W> {
             woken.extend(settle(&mut self.claims, claim, outcome));
         }
         let timely = entry.watched;
+        let slow = entry.sent_at.filter(|_| timely && entry.slow);
         self.requests.pop_front();
         self.in_flight -= 1;
         self.slow = self.slow.saturating_sub(1);
-        violation.map_or(Ok(Match { timely, last: true }), Err)
+        let matched = Match {
+            timely,
+            last: true,
+            slow,
+        };
+        violation.map_or(Ok(matched), Err)
     }
 
     /// Settles every request whose caller's deadline is not after `now`, as a time-out, and judges

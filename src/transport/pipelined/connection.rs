@@ -392,7 +392,7 @@ impl Connection {
                 .min();
             drop(state);
             let fired = ready!(self.timer.poll(next, cx));
-            if let Some(end) = self.judge(node, slot, fired) {
+            if let Some(end) = self.judge(slot, fired) {
                 return Poll::Ready(end);
             }
         }
@@ -445,12 +445,15 @@ impl Connection {
         }
         if !self.replies.is_empty() {
             let (mut timely, mut done) = (false, 0);
+            let (mut slow, mut first_slow) = (0, None);
             let mut state = slot.lock();
             for reply in self.replies.drain(..) {
                 match state.pipeline.reply(reply, &mut self.woken) {
                     Ok(matched) => {
                         timely |= matched.timely;
                         done += u32::from(matched.timely && matched.last);
+                        slow += u32::from(matched.slow.is_some());
+                        first_slow = first_slow.or(matched.slow);
                     }
                     Err(violation) => {
                         parsed = Err(violation);
@@ -468,6 +471,12 @@ impl Connection {
             }
             if done > 0 {
                 node.answered(done, self.heard_at);
+            }
+            if let Some(sent_at) = first_slow {
+                node.report(&Event::Slow {
+                    requests: slow,
+                    sent_at,
+                });
             }
             self.woken.drain(..).for_each(Waker::wake);
         }
@@ -524,7 +533,7 @@ impl Connection {
     }
 
     /// Something was due at `due`: time-outs, slow answers, or the end of a stalled connection.
-    fn judge(&mut self, node: &Node, slot: &Slot, due: Instant) -> Option<End> {
+    fn judge(&mut self, slot: &Slot, due: Instant) -> Option<End> {
         let now = Instant::now();
         let late = now > due + LATE;
         let charge = match late {
@@ -545,13 +554,10 @@ impl Connection {
                 streak.count += 1;
             });
         let oldest = state.pipeline.oldest_sent_at();
-        let slow = self
-            .slow_after
-            .and_then(|slow_after| state.pipeline.newly_slow(now, slow_after));
-        drop(state);
-        if let Some((requests, sent_at)) = slow.filter(|_| !late) {
-            node.report(&Event::Slow { requests, sent_at });
+        if let Some(slow_after) = self.slow_after {
+            state.pipeline.note_slow(now, slow_after, late);
         }
+        drop(state);
         self.woken.drain(..).for_each(Waker::wake);
         if late {
             // What we did not do in time says nothing about the server: it gets its time again.

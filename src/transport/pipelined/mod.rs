@@ -49,8 +49,8 @@ pub(crate) enum Event<'a> {
     /// A connection was closed because it did not answer. `most_dead`: most of the node's
     /// connections did not, and nor did those made in their place.
     Unresponsive { error: &'a Error, most_dead: bool },
-    /// So many requests, the first of them sent then, have not been answered as soon as they
-    /// should have been. They may still be.
+    /// So many of the requests [answered](Observer::answered), the first of them sent then, should
+    /// have been sooner.
     Slow { requests: u32, sent_at: Instant },
     /// Keys of writes that ended with that error, may have been executed, or may still be, and whose
     /// callers have left.
