@@ -25,7 +25,7 @@
 //!   v
 //! Cluster         hash ring, failure mode, retry budget
 //!   v  one per node
-//! Node            circuit breaker, probe, in-flight limit
+//! Node            circuit breaker, readiness probe, journal, ramp, in-flight limit
 //!   v
 //! your layers     ClientBuilder::node_layer: any tower::Layer
 //!   v ==== bounded queue: the only door to the I/O executor ====
@@ -41,7 +41,10 @@
 //! Three time-outs in a row, or no byte for 60 ms while something is unanswered, close a
 //! connection; a connect that is refused or not answered opens the node's circuit breaker, and
 //! nobody waits for that node any more. What was on the way to it goes where the [`FailureMode`]
-//! says, at once. Probes that write and read back a canary close the breaker again.
+//! says, at once. A node that fails half of its requests, is slow, or fails its readiness probes is
+//! taken out as well. Probes that write and read back a canary bring it back; what was written
+//! elsewhere meanwhile is deleted on it first, so that nothing older is ever read.
+//! `docs/FAILURE_MODES.md` has it step by step.
 //!
 //! # Feature flags
 //!
