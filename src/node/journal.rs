@@ -26,9 +26,10 @@ pub(crate) const GRACE: Duration = Duration::from_secs(2);
 /// Why a key enters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// It was written elsewhere, or would have been; or a write of it may have been executed, but
-    /// will not be any more.
+    /// It was written elsewhere, or would have been; nothing has been written here.
     Outdated,
+    /// A write of it may have been executed, but will not be any more.
+    Lost,
     /// A write of it may still be executed.
     InDoubt,
 }
@@ -38,7 +39,7 @@ impl Reason {
     pub(crate) fn of(error: &Error) -> Self {
         match error.kind() {
             // The server has closed the connection itself, and reads nothing from it any more.
-            ErrorKind::ConnectionLost => Self::Outdated,
+            ErrorKind::ConnectionLost => Self::Lost,
             _ => Self::InDoubt,
         }
     }
@@ -162,6 +163,11 @@ impl Journal {
         let full = inner.keys.len() >= self.capacity;
         let generation = inner.count();
         match inner.keys.entry(key.clone()) {
+            // A deletion that is under way will do: nothing has come to the node since. A key that
+            // is written all the time would otherwise never leave.
+            Place::Occupied(_) if reason == Reason::Outdated => {
+                return Recorded::In { wake: false };
+            }
             Place::Occupied(mut entry) => {
                 let entry = entry.get_mut();
                 entry.generation = generation;
@@ -181,7 +187,7 @@ impl Journal {
                     entered: generation,
                     generation,
                     again: match reason {
-                        Reason::Outdated => Again::No,
+                        Reason::Outdated | Reason::Lost => Again::No,
                         Reason::InDoubt => Again::AfterGrace,
                     },
                     due: None,
@@ -264,13 +270,16 @@ impl Journal {
     }
 
     /// A write that does not depend on what is there goes to the node: acknowledged, it does what
-    /// the deletion would. To be [released](Self::release) with what is returned.
+    /// the deletion would, unless the key is in lasting doubt. To be [released](Self::release) with what is returned.
     pub(super) fn hold(&self, key: &Key) -> Option<Hold> {
         if self.len() == 0 {
             return None;
         }
         let mut inner = self.lock();
         let entry = inner.keys.get_mut(key)?;
+        if entry.again != Again::No {
+            return None;
+        }
         entry.held += 1;
         Some(Hold {
             entered: entry.entered,
@@ -349,7 +358,7 @@ mod tests {
     #[test]
     fn an_error_says_whether_a_write_may_still_be_executed() {
         let reason = |kind| Reason::of(&Error::new(kind, "").with_sent(crate::Sent::Maybe));
-        assert_eq!(reason(ErrorKind::ConnectionLost), Reason::Outdated);
+        assert_eq!(reason(ErrorKind::ConnectionLost), Reason::Lost);
         for kind in [
             ErrorKind::Timeout,
             ErrorKind::Unresponsive,
@@ -388,7 +397,7 @@ mod tests {
         journal.deleted(&take_one(&journal, at(0)), at(0));
         recorded(&journal, &second, Reason::InDoubt);
         journal.deleted(&take_one(&journal, at(10)), at(10));
-        recorded(&journal, &first, Reason::Outdated);
+        recorded(&journal, &first, Reason::Lost);
         journal.deleted(&take_one(&journal, at(15)), at(15));
         assert_eq!(journal.due(at(15)), Some(at(20)));
         assert_eq!(keys_of(&journal.take(9, at(20))), [first]);
@@ -418,18 +427,31 @@ mod tests {
         let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
         recorded(&journal, &key, Reason::Outdated);
         let hold = journal.hold(&key).unwrap();
-        recorded(&journal, &key, Reason::Outdated);
+        recorded(&journal, &key, Reason::Lost);
         journal.release(&key, hold, true);
         assert!(journal.holds(&key), "entered again after the write began");
-        journal.deleted(&take_one(&journal, now), now);
-        recorded(&journal, &key, Reason::InDoubt);
         let hold = journal.hold(&key).unwrap();
+        recorded(&journal, &key, Reason::InDoubt);
         journal.release(&key, hold, true);
         assert!(
             journal.holds(&key),
             "what is in doubt may be executed after the write"
         );
+        assert!(
+            journal.hold(&key).is_none(),
+            "nor does its deletion wait for one"
+        );
         assert_eq!(keys_of(&journal.take(9, now)), [key]);
+    }
+
+    #[test]
+    fn a_key_written_elsewhere_all_the_time_leaves_with_its_first_deletion() {
+        let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
+        recorded(&journal, &key, Reason::Outdated);
+        let deletion = take_one(&journal, now);
+        recorded(&journal, &key, Reason::Outdated);
+        journal.deleted(&deletion, now);
+        assert!(!journal.holds(&key));
     }
 
     #[test]
@@ -492,7 +514,11 @@ mod tests {
 
     fn events() -> impl Strategy<Value = Vec<Event>> {
         let (key, any) = (0..=CAPACITY, any::<prop::sample::Index>);
-        let reason = prop_oneof![Just(Reason::Outdated), Just(Reason::InDoubt)];
+        let reason = prop_oneof![
+            Just(Reason::Outdated),
+            Just(Reason::Lost),
+            Just(Reason::InDoubt)
+        ];
         let event = prop_oneof![
             4 => (key.clone(), reason).prop_map(|(key, reason)| Event::Record(key, reason)),
             2 => key.prop_map(Event::Hold),
@@ -597,6 +623,7 @@ mod tests {
                             Recorded::In { wake } => {
                                 prop_assert!(!full || model.keys.contains_key(&number));
                                 told = Some(wake);
+                                let again = model.keys.contains_key(&number);
                                 let known = model.keys.entry(number).or_insert(Known {
                                     entered: step,
                                     recorded: step,
@@ -604,8 +631,10 @@ mod tests {
                                     deleted: false,
                                     second_from: None,
                                 });
-                                known.recorded = step;
-                                known.deleted = false;
+                                if !again || reason != Reason::Outdated {
+                                    known.recorded = step;
+                                    known.deleted = false;
+                                }
                                 if reason == Reason::InDoubt {
                                     known.in_doubt = true;
                                     known.second_from = None;
@@ -620,7 +649,8 @@ mod tests {
                     }
                     Event::Hold(number) => {
                         let hold = journal.hold(&key(number));
-                        prop_assert_eq!(hold.is_some(), model.keys.contains_key(&number));
+                        let holds = model.keys.get(&number).is_some_and(|known| !known.in_doubt);
+                        prop_assert_eq!(hold.is_some(), holds);
                         if let Some(hold) = hold {
                             let entered = model.keys[&number].entered;
                             model.holds.push((number, entered, step, hold));

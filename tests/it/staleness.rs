@@ -253,6 +253,29 @@ async fn a_key_whose_node_may_hold_something_old_is_a_miss_where_there_is_no_oth
 }
 
 #[tokio::test]
+async fn a_key_that_is_written_all_the_time_comes_home_as_well() {
+    let servers = servers(3).await;
+    let client = redistributing(&servers);
+    let key = &keys_of(&servers, 1, 1)[0];
+    write(&client, std::slice::from_ref(key), "0").await;
+    servers[1].refuse();
+    until_open(&client, 1).await;
+    let writers = (0..8).map(|_| {
+        let (client, key) = (client.clone(), key.clone());
+        tokio::spawn(async move {
+            loop {
+                client.set(&key, "1", Ttl::NEVER).await.unwrap();
+            }
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    servers[1].accept().unwrap();
+    until_closed(&client, 1).await;
+    eventually("it is home", || servers[1].peek(key.as_bytes()).is_some()).await;
+    writers.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
 async fn a_write_that_a_kill_switch_drops_still_invalidates() {
     let servers = servers(2).await;
     let client = redistributing(&servers);
