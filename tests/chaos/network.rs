@@ -17,8 +17,10 @@ use crate::support::{
 const MILLISECOND: Duration = Duration::from_millis(1);
 /// The default timeout of an operation, and what a busy machine may add to it.
 const IN_TIME: Duration = Duration::from_millis(150);
-/// From healing to the first answer: a probe is due once in 1.2 s, and two must succeed.
-const BACK_WITHIN: Duration = Duration::from_millis(2_500);
+/// From healing to the first probe that is answered: one is due once in 1.2 s.
+const ANSWERS_WITHIN: Duration = Duration::from_millis(1_500);
+/// From healing until all is as it was.
+const BACK_WITHIN: Duration = Duration::from_secs(5);
 
 /// A far node and two near ones, a default client, and keys of the far one that are stored.
 struct Cluster {
@@ -52,12 +54,20 @@ impl Cluster {
         gets(&self.client, &self.keys, 2 * MILLISECOND, lasting).await
     }
 
-    /// Heals the network, and measures how long it takes until the far node answers.
-    async fn back_after_healing(&self) -> Duration {
+    /// Heals the network, and sees to it that the far node is back as soon as it must be.
+    async fn back_after_healing(&self) {
         self.far.heal();
         let healed = Instant::now();
+        eventually("a probe is answered", || {
+            state(&self.client, 0) != BreakerState::Open
+        })
+        .await;
+        let answers = healed.elapsed();
         until_closed(&self.client, 0).await;
-        healed.elapsed()
+        let back = healed.elapsed();
+        println!("a probe answered {answers:?} after healing, back after {back:?}");
+        assert!(answers <= ANSWERS_WITHIN, "answers after {answers:?}");
+        assert!(back <= BACK_WITHIN, "back after {back:?}");
     }
 }
 
@@ -106,9 +116,7 @@ fn a_black_holed_connection_is_given_up_and_a_healed_network_dialled_at_once() {
         assert!(calls.errors.is_empty(), "{}", calls.summary());
         assert!(calls.longest() <= IN_TIME, "{}", calls.summary());
         assert_eq!(cluster.client.nodes()[0].connections, 0);
-        let back = cluster.back_after_healing().await;
-        println!("back {back:?} after healing");
-        assert!(back <= BACK_WITHIN, "back {back:?} after healing");
+        cluster.back_after_healing().await;
     });
 }
 
@@ -204,8 +212,7 @@ fn resets_move_calls_at_once() {
         assert!(calls.errors.is_empty(), "{}", calls.summary());
         assert!(calls.percentile(99) <= IN_TIME, "{}", calls.summary());
         assert_ne!(state(&cluster.client, 0), BreakerState::Closed);
-        let back = cluster.back_after_healing().await;
-        assert!(back <= BACK_WITHIN, "back {back:?} after healing");
+        cluster.back_after_healing().await;
     });
 }
 
@@ -225,8 +232,7 @@ fn an_unreachable_node_is_out_and_back_when_it_is_reachable() {
         assert!(calls.errors.is_empty(), "{}", calls.summary());
         assert!(calls.longest() <= IN_TIME, "{}", calls.summary());
         assert_ne!(state(&cluster.client, 0), BreakerState::Closed);
-        let back = cluster.back_after_healing().await;
-        assert!(back <= BACK_WITHIN, "back {back:?} after healing");
+        cluster.back_after_healing().await;
     });
 }
 
@@ -266,12 +272,18 @@ fn a_value_too_big_for_the_line_times_out_and_other_nodes_do_not_notice() {
         };
         let (small, ()) = tokio::join!(small, big_ones);
         println!("small values elsewhere: {}", small.summary());
-        assert_eq!(small.hits, small.count(), "{}", small.summary());
+        assert!(small.errors.is_empty(), "{}", small.summary());
         assert!(
-            small.percentile(99) <= 50 * MILLISECOND,
+            small.hits >= small.count() * 95 / 100,
             "{}",
             small.summary()
         );
+        assert!(
+            small.percentile(95) <= 20 * MILLISECOND,
+            "{}",
+            small.summary()
+        );
+        assert!(small.longest() <= IN_TIME, "{}", small.summary());
         cluster.back_after_healing().await;
         let back = async {
             while !matches!(cluster.client.get(&cluster.keys[1]).await, Ok(Some(_))) {
@@ -279,6 +291,39 @@ fn a_value_too_big_for_the_line_times_out_and_other_nodes_do_not_notice() {
             }
         };
         timeout(PATIENCE, back).await.expect("it serves again");
+    });
+}
+
+/// Every reply is late, and none too late: a node that takes more than half of an attempt's time.
+#[test]
+fn a_node_that_is_always_slow_is_out() {
+    alone(async {
+        let nodes = memcacheds(3);
+        let proxy = Proxy::listen(nodes[0].socket_address()).await.unwrap();
+        let mut addresses = addresses(&nodes);
+        addresses[0] = proxy.address().to_string();
+        let client = client(&addresses);
+        let keys = keys_of(&addresses, 0, 100);
+        for key in &keys {
+            store_patiently(&client, key, "v", Ttl::NEVER).await;
+        }
+        let slow = Toxics::new().latency(20 * MILLISECOND, Duration::ZERO);
+        proxy.set(Flow::Downstream, slow);
+        let calls = gets(&client, &keys, 2 * MILLISECOND, Duration::from_secs(30));
+        tokio::select! {
+            _ = calls => panic!("it stayed in"),
+            () = until_open(&client, 0) => {}
+        }
+        let calls = gets(&client, &keys, 2 * MILLISECOND, MILLISECOND * 500).await;
+        println!("out: {}", calls.summary());
+        assert!(calls.errors.is_empty(), "{}", calls.summary());
+        assert!(
+            calls.percentile(90) <= 10 * MILLISECOND,
+            "it is waited for: {}",
+            calls.summary()
+        );
+        proxy.heal().unwrap();
+        until_closed(&client, 0).await;
     });
 }
 
@@ -367,12 +412,7 @@ fn an_interface_that_goes_down_and_comes_up_is_survived() {
             assert!(calls.errors.is_empty(), "{}", calls.summary());
             assert!(calls.longest() <= IN_TIME, "{}", calls.summary());
             assert_ne!(state(&cluster.client, 0), BreakerState::Closed);
-            let back = cluster.back_after_healing().await;
-            println!("back {back:?} after the interface came up");
-            assert!(
-                back <= BACK_WITHIN + Duration::from_secs(1),
-                "back {back:?}"
-            );
+            cluster.back_after_healing().await;
         }
     });
 }

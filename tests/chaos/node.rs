@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tower_memcached::testing::Memcached;
 use tower_memcached::{BreakerState, Client, Error, Key, ProbeSettings, Ttl};
 
-use crate::support::calls::gets;
+use crate::support::calls::{Calls, gets};
 use crate::support::freezer::{self, Frozen, listener, workers};
 use crate::support::lateness::pause;
 use crate::support::{
@@ -54,7 +54,7 @@ fn every_call_to_a_stopped_node_ends_in_time_and_leaves_nothing_behind() {
             async move {
                 let began = Instant::now();
                 let failed = match number % 6 {
-                    // What is in doubt is a miss, and nobody is asked.
+                    // What is in doubt on its node is a miss, whatever the node may say.
                     0 => !matches!(client.get(&key).await, Ok(Some(_))),
                     1 => client.set(&key, "2", Ttl::NEVER).await.is_err(),
                     2 => client.increment(&key, 1).await.is_err(),
@@ -92,7 +92,7 @@ fn the_call_after_an_idle_node_was_killed_is_answered() {
         let addresses = addresses(&nodes);
         let client = patient(&addresses);
         let keys = keys_of(&addresses, 0, 20);
-        for round in 0..5 {
+        for round in 0..2 {
             fill(&client, &keys).await;
             nodes[0].kill().unwrap();
             for key in &keys {
@@ -203,9 +203,18 @@ fn a_frozen_worker_thread_is_judged_by_connection_and_the_node_stays_in() {
     });
 }
 
+/// Says what the first node's breaker does, and notes whether it opens.
 async fn watch_for_opening(client: Client, opened: Arc<AtomicBool>) {
+    let (began, mut before) = (Instant::now(), BreakerState::Closed);
     loop {
-        if state(&client, 0) != BreakerState::Closed {
+        let node = client.nodes().swap_remove(0);
+        if node.state != before {
+            let cause = node.last_cause.map(|cause| cause.to_string());
+            let after = began.elapsed();
+            println!("{after:?}: {:?}, {}", node.state, cause.unwrap_or_default());
+            before = node.state;
+        }
+        if node.state == BreakerState::Open {
             opened.store(true, Ordering::SeqCst);
         }
         sleep(MILLISECOND).await;
@@ -236,59 +245,66 @@ fn a_node_whose_listener_is_frozen_goes_on_serving_its_connections() {
     });
 }
 
-/// 9 of FAULTS: a node that gets 5 ms of processor time in 85.
+/// 9 of FAULTS: a node that gets 5 ms of processor time in 45.
 #[test]
 fn a_starved_node_costs_its_callers_little() {
     alone(async {
-        let nodes = memcacheds(3);
-        let addresses = addresses(&nodes);
-        let client = client(&addresses);
-        // Of all nodes: what one node's failures may cost is a share of all requests.
-        let of_each = [0, 1, 2].map(|index| keys_of(&addresses, index, 100));
-        let [first, second, third] = of_each.map(Vec::into_iter);
-        let keys: Vec<Key> = first
-            .zip(second)
-            .zip(third)
-            .flat_map(|((a, b), c)| [a, b, c])
-            .collect();
-        fill(&client, &keys).await;
-        let opened = Arc::new(AtomicBool::new(false));
-        let watched = tokio::spawn(watch_for_opening(client.clone(), opened.clone()));
-        let over = &AtomicBool::new(false);
-        let starved = &nodes[0];
-        let calls = std::thread::scope(|scope| {
-            scope.spawn(move || {
-                while !over.load(Ordering::SeqCst) {
-                    starved.stop().unwrap();
-                    pause(80 * MILLISECOND);
-                    starved.cont().unwrap();
-                    pause(5 * MILLISECOND);
-                }
-            });
-            let calls = tokio::task::block_in_place(|| {
-                let lasting = Duration::from_secs(6);
-                let calls = gets(&client, &keys, 5 * MILLISECOND, lasting);
-                tokio::runtime::Handle::current().block_on(calls)
-            });
-            over.store(true, Ordering::SeqCst);
-            calls
-        });
-        watched.abort();
-        println!("starved: {}", calls.summary());
+        let (calls, _) = starved(40 * MILLISECOND).await;
+        println!("5 ms of 45: {}", calls.summary());
         assert!(calls.errors.is_empty(), "{}", calls.summary());
-        assert!(
-            calls.percentile(99) <= 100 * MILLISECOND,
-            "{}",
-            calls.summary()
-        );
-        assert!(
-            calls.percentile(50) <= 10 * MILLISECOND,
-            "most calls wait for a node that is too slow: {}",
-            calls.summary()
-        );
-        assert!(opened.load(Ordering::SeqCst), "it stayed in");
-        until_closed(&client, 0).await;
+        let p99 = calls.percentile(99);
+        assert!(p99 <= 100 * MILLISECOND, "{}", calls.summary());
     });
+}
+
+/// 9 of FAULTS, so that most calls to it time out, but now and then some in a row do not.
+#[test]
+fn a_node_starved_of_nearly_everything_is_out() {
+    alone(async {
+        let (calls, opened) = starved(95 * MILLISECOND).await;
+        println!("5 ms of 100: {}", calls.summary());
+        assert!(calls.errors.is_empty(), "{}", calls.summary());
+        assert!(opened, "it stayed in");
+    });
+}
+
+/// Calls to three nodes, of which one gets 5 ms of processor time after each such stop, and whether that was ejected.
+async fn starved(stops: Duration) -> (Calls, bool) {
+    let nodes = memcacheds(3);
+    let addresses = addresses(&nodes);
+    let client = client(&addresses);
+    // Of all nodes: what one node's failures may cost is a share of all requests.
+    let of_each = [0, 1, 2].map(|index| keys_of(&addresses, index, 100));
+    let [first, second, third] = of_each.map(Vec::into_iter);
+    let keys: Vec<Key> = first
+        .zip(second)
+        .zip(third)
+        .flat_map(|((a, b), c)| [a, b, c])
+        .collect();
+    fill(&client, &keys).await;
+    let opened = Arc::new(AtomicBool::new(false));
+    let watched = tokio::spawn(watch_for_opening(client.clone(), opened.clone()));
+    let (over, node) = (&AtomicBool::new(false), &nodes[0]);
+    let calls = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while !over.load(Ordering::SeqCst) {
+                node.stop().unwrap();
+                pause(stops);
+                node.cont().unwrap();
+                pause(5 * MILLISECOND);
+            }
+        });
+        let calls = tokio::task::block_in_place(|| {
+            let lasting = Duration::from_secs(5);
+            let calls = gets(&client, &keys, 5 * MILLISECOND, lasting);
+            tokio::runtime::Handle::current().block_on(calls)
+        });
+        over.store(true, Ordering::SeqCst);
+        calls
+    });
+    watched.abort();
+    until_closed(&client, 0).await;
+    (calls, opened.load(Ordering::SeqCst))
 }
 
 /// Takes all the connections that a node has to give, and returns them.

@@ -4,17 +4,20 @@
 //! needs root, or a sudo that does not ask, and `ip`, `nft` and `tc`.
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use super::lateness::pause;
+use tokio::time::Instant;
+
 use super::raw;
 use super::{PATIENCE, switched_off as is_off};
-use std::time::Duration;
-use tokio::time::Instant;
 
 const SWITCH: &str = "CHAOS_NETNS";
 const PORT: u16 = 11211;
+/// Of the names of namespaces; the process that made them follows.
+const PREFIX: &str = "memcached-chaos-";
 
 /// Whether the user has switched these tests off.
 pub(crate) fn switched_off() -> bool {
@@ -43,16 +46,18 @@ impl FarNode {
     /// Lays the cable and starts memcached at its end.
     pub(crate) async fn start() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
+        remove_leftovers();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let process = std::process::id();
         // A network of four addresses that is unlikely to be anybody else's.
         let (a, b) = (fastrand::u8(64..128), fastrand::u8(..));
         let c = fastrand::u8(..64) * 4;
         let address = format!("10.{a}.{b}.{}", c + 2);
+        let name = format!("{process}-{number}");
         let node = Self {
-            namespace: format!("chaos-{process}-{number}"),
-            outer: format!("ch{process}o{number}"),
-            inner: format!("ch{process}i{number}"),
+            namespace: format!("{PREFIX}{name}"),
+            outer: outer(&name),
+            inner: format!("ch{name}i"),
             address: format!("{address}:{PORT}"),
         };
         let Self {
@@ -153,21 +158,42 @@ impl FarNode {
 
 impl Drop for FarNode {
     fn drop(&mut self) {
-        let Self {
-            namespace, outer, ..
-        } = self;
-        // Whoever is in the namespace is ours: the memcached.
-        if let Ok(inside) = attempt(&format!("ip netns pids {namespace}"), "") {
-            for process in String::from_utf8_lossy(&inside.stdout).split_whitespace() {
-                let _ = attempt(&format!("kill -KILL {process}"), "");
-            }
+        remove(&self.namespace);
+    }
+}
+
+/// This side's end of the cable.
+fn outer(name: &str) -> String {
+    format!("ch{name}o")
+}
+
+/// Removes a namespace with all that is in it, and the cable.
+fn remove(namespace: &str) {
+    // It would go with the namespace, but that lives on until its last socket has given up.
+    if let Some(name) = namespace.strip_prefix(PREFIX) {
+        let _ = attempt(&format!("ip link del {}", outer(name)), "");
+    }
+    if let Ok(inside) = attempt(&format!("ip netns pids {namespace}"), "") {
+        for process in String::from_utf8_lossy(&inside.stdout).split_whitespace() {
+            let _ = attempt(&format!("kill -KILL {process}"), "");
         }
-        let _ = attempt(&format!("ip link del {outer}"), "");
-        for _ in 0..20 {
-            if attempt(&format!("ip netns del {namespace}"), "").is_ok() {
-                return;
-            }
-            pause(Duration::from_millis(50));
+    }
+    let _ = attempt(&format!("ip netns del {namespace}"), "");
+}
+
+/// Removes what tests left behind that were killed before they could clean up.
+fn remove_leftovers() {
+    let Ok(listed) = attempt("ip netns list", "") else {
+        return;
+    };
+    for line in String::from_utf8_lossy(&listed.stdout).lines() {
+        let name = line.split_whitespace().next().unwrap_or_default();
+        let process = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split('-').next())
+            .and_then(|process| process.parse::<u32>().ok());
+        if process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists()) {
+            remove(name);
         }
     }
 }
