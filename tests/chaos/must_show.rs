@@ -102,7 +102,7 @@ fn a_node_that_flaps_each_second_is_not_noticed() {
                 sleep_until(next.min(until)).await;
             }
         });
-        cleared.await.report("flapping each second").await
+        cleared.await.flapped().report("flapping each second").await
     });
 }
 

@@ -543,7 +543,8 @@ fn a_flapping_node_is_ejected_for_longer_each_time() {
             let mut before = BreakerState::Closed;
             loop {
                 let now = state(&client, 0);
-                if before == BreakerState::Closed && now != before {
+                let was_in = matches!(before, BreakerState::Closed | BreakerState::Ramping);
+                if was_in && now == BreakerState::Open {
                     openings.fetch_add(1, Ordering::SeqCst);
                 }
                 before = now;

@@ -12,7 +12,7 @@ use super::lateness::Watch;
 use super::load::{Load, Records};
 use super::raw;
 use super::report::{RECOVERY, Report, Transition};
-use super::{alone, store_patiently};
+use super::{alone, store_patiently, until_closed};
 
 const HEALTHY: Duration = Duration::from_secs(3);
 const FAULT: Duration = Duration::from_secs(15);
@@ -40,6 +40,7 @@ pub(crate) struct Cleared {
     fault: Instant,
     cleared: Instant,
     came_back_empty: bool,
+    flapped: bool,
 }
 
 impl Incident {
@@ -75,6 +76,7 @@ impl Incident {
             fault: began,
             cleared: Instant::now(),
             came_back_empty: false,
+            flapped: false,
         }
     }
 }
@@ -83,6 +85,12 @@ impl Cleared {
     /// A node lost what it had: that it misses once.
     pub(crate) fn empty(mut self) -> Self {
         self.came_back_empty = true;
+        self
+    }
+
+    /// A node failed again and again, and is let in later for that.
+    pub(crate) fn flapped(mut self) -> Self {
+        self.flapped = true;
         self
     }
 
@@ -99,6 +107,11 @@ impl Cleared {
         let start = load.start;
         let end = self.cleared + RECOVERY + AFTER;
         let mut samples = load.end_at(end).await;
+        if self.flapped {
+            for node in 0..nodes.len() {
+                until_closed(&client, node).await;
+            }
+        }
         samples.extend(records.read_back(&client).await);
         let (astray, stalls) = (astray(&client, &nodes).await, watch.end());
         Report {
@@ -112,6 +125,7 @@ impl Cleared {
             transitions: observer.end(),
             states: client.nodes().iter().map(|node| node.state).collect(),
             came_back_empty: self.came_back_empty,
+            flapped: self.flapped,
             astray,
         }
     }
