@@ -51,7 +51,7 @@ pub fn reply_parser(data: &[u8]) {
         if byte >= 128
             && let Some(Some(ticket)) = tickets.get_mut(name / 2).map(Option::take)
         {
-            pipeline.abandon(ticket, None);
+            pipeline.abandon(ticket);
         }
         if byte % 3 == 0 {
             write_out(&mut pipeline, now, &mut woken);

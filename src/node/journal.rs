@@ -6,8 +6,9 @@
 //! when the node has acknowledged its deletion, or a later write of it.
 //!
 //! What was sent over a connection that *we* have given up may still be executed: a server that is
-//! stopped reads it when it goes on. Such a key stays for a second deletion, [`GRACE`] after the
-//! first, whatever has been written meanwhile.
+//! stopped reads it when it goes on. Such a key stays until that connection is known to have ended,
+//! and for a deletion after that. Where that cannot be known it stays for a second deletion,
+//! [`GRACE`] after the first. Either way whatever has been written meanwhile.
 
 use std::collections::hash_map::Entry as Place;
 use std::collections::{BTreeMap, HashMap};
@@ -32,6 +33,8 @@ pub(crate) enum Reason {
     Lost,
     /// A write of it may still be executed.
     InDoubt,
+    /// The same, but it will be told when that has an [end](Journal::lingered).
+    Lingering,
 }
 
 impl Reason {
@@ -86,6 +89,8 @@ struct Entry {
     due: Option<Due>,
     /// Writes of it that are under way to the node: it is not deleted before their end.
     held: u32,
+    /// Connections over which a write of it may still be executed.
+    lingering: u32,
 }
 
 /// Whether a key is to be deleted a second time.
@@ -171,8 +176,10 @@ impl Journal {
             Place::Occupied(mut entry) => {
                 let entry = entry.get_mut();
                 entry.generation = generation;
-                if reason == Reason::InDoubt {
-                    entry.again = Again::AfterGrace;
+                match reason {
+                    Reason::InDoubt => entry.again = Again::AfterGrace,
+                    Reason::Lingering => entry.lingering += 1,
+                    Reason::Outdated | Reason::Lost => {}
                 }
                 if let Some((None, _)) = entry.due {
                     return Recorded::In { wake: false };
@@ -187,11 +194,12 @@ impl Journal {
                     entered: generation,
                     generation,
                     again: match reason {
-                        Reason::Outdated | Reason::Lost => Again::No,
+                        Reason::Outdated | Reason::Lost | Reason::Lingering => Again::No,
                         Reason::InDoubt => Again::AfterGrace,
                     },
                     due: None,
                     held: 0,
+                    lingering: u32::from(reason == Reason::Lingering),
                 });
                 self.held.store(inner.keys.len(), Ordering::Release);
             }
@@ -255,7 +263,34 @@ impl Journal {
             inner.schedule(&deletion.key, Some(then));
             return;
         }
+        if entry.lingering > 0 {
+            // There will be another deletion when that is over.
+            return;
+        }
         self.remove(&mut inner, &deletion.key);
+    }
+
+    /// A connection over which a write of it might still have been executed has ended; or is not
+    /// waited for any longer, which is not `certain`. Says whether whoever sees to the journal must
+    /// be told.
+    pub(super) fn lingered(&self, key: &Key, certain: bool) -> bool {
+        let mut inner = self.lock();
+        let generation = inner.count();
+        let Some(entry) = inner.keys.get_mut(key) else {
+            return false;
+        };
+        entry.lingering = entry.lingering.saturating_sub(1);
+        // A deletion that is under way may have been too early.
+        entry.generation = generation;
+        if !certain {
+            entry.again = Again::AfterGrace;
+        }
+        if let Some((None, _)) = entry.due {
+            return false;
+        }
+        let wake = inner.is_idle();
+        inner.schedule(key, None);
+        wake
     }
 
     fn remove(&self, inner: &mut Inner, key: &Key) {
@@ -277,7 +312,7 @@ impl Journal {
         }
         let mut inner = self.lock();
         let entry = inner.keys.get_mut(key)?;
-        if entry.again != Again::No {
+        if entry.again != Again::No || entry.lingering > 0 {
             return None;
         }
         entry.held += 1;
@@ -298,7 +333,8 @@ impl Journal {
             return false;
         }
         entry.held = entry.held.saturating_sub(1);
-        if acknowledged && entry.generation == hold.generation && entry.again == Again::No {
+        let certain = entry.again == Again::No && entry.lingering == 0;
+        if acknowledged && entry.generation == hold.generation && certain {
             self.remove(&mut inner, key);
             return false;
         }
@@ -386,6 +422,28 @@ mod tests {
         journal.deleted(&second, began + GRACE);
         assert!(!journal.holds(&key));
         assert_eq!(journal.due(began + GRACE), None);
+    }
+
+    #[test]
+    fn what_lingers_is_deleted_again_when_its_connection_has_ended_and_not_before() {
+        let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
+        recorded(&journal, &key, Reason::Lingering);
+        recorded(&journal, &key, Reason::Lingering);
+        journal.deleted(&take_one(&journal, now), now);
+        assert_eq!(journal.due(now), None);
+        assert!(journal.hold(&key).is_none(), "a write does not end it");
+        assert!(journal.lingered(&key, true));
+        let early = take_one(&journal, now);
+        assert!(journal.lingered(&key, true), "the second of two");
+        journal.deleted(&early, now);
+        assert!(journal.holds(&key), "it was taken before that");
+        journal.deleted(&take_one(&journal, now), now);
+        assert!(!journal.holds(&key));
+
+        recorded(&journal, &key, Reason::Lingering);
+        assert!(!journal.lingered(&key, false), "it is due already");
+        journal.deleted(&take_one(&journal, now), now);
+        assert_eq!(journal.due(now), Some(now + GRACE), "who knows");
     }
 
     #[test]

@@ -601,9 +601,26 @@ impl Observer for Watch {
                     shared.trip(trip, None);
                 }
             }
-            Event::InDoubt { keys, error } => {
-                for key in keys {
-                    shared.outdate(key, Reason::of(error));
+            Event::InDoubt {
+                keys,
+                error,
+                lingers,
+            } => {
+                let reason = match lingers {
+                    true => Reason::Lingering,
+                    false => Reason::of(error),
+                };
+                for key in *keys {
+                    shared.outdate(key, reason);
+                }
+            }
+            Event::DoubtEnds { keys, certain } => {
+                let mut wake = false;
+                for key in *keys {
+                    wake |= shared.journal.lingered(key, *certain);
+                }
+                if wake {
+                    shared.wake.notify_one();
                 }
             }
         }

@@ -196,8 +196,8 @@ struct Entry {
     /// judged; one who left because of its deadline does.
     watched: bool,
     slow: bool,
-    /// The key of a write whose caller left while it was in flight.
-    left: Option<Box<Key>>,
+    /// The key, if it is a write whose doubt matters to others than its caller.
+    written: Option<Box<Key>>,
     opaque: u32,
     expect: Expect,
     /// Its bytes in `heads` while queued.
@@ -389,7 +389,7 @@ impl<W> Pipeline<W> {
             judge_at,
             watched: true,
             slow: false,
-            left: None,
+            written: operation.written().cloned().map(Box::new),
             opaque,
             expect,
             head: self.heads.len() - before,
@@ -423,30 +423,13 @@ impl<W> Pipeline<W> {
     }
 
     /// The caller is gone. A queued request will not be written; one in flight keeps its place.
-    /// `written` is the key of a request whose doubt matters: it comes back, now with the error that
-    /// it has ended with or later from [`close`](Self::close), if nobody will ever know whether it
-    /// was executed. Hands out the
-    /// waiter, whose drop may run anything.
-    pub(crate) fn abandon(
-        &mut self,
-        ticket: Ticket,
-        written: Option<Key>,
-    ) -> (Option<W>, Option<(Key, Error)>) {
-        if let Claim::Settled(_) = &self.claims[ticket.0] {
-            return match (written, self.claims.remove(ticket.0)) {
-                (Some(key), Claim::Settled(Err(error))) if error.sent() == Sent::Maybe => {
-                    (None, Some((key, error)))
-                }
-                _ => (None, None),
-            };
-        }
+    /// Hands out its waiter, whose drop may run anything.
+    pub(crate) fn abandon(&mut self, ticket: Ticket) -> Option<W> {
         let (waiter, index) = self.release(&ticket);
         if let Some(index) = index {
-            let entry = &mut self.requests[index];
-            entry.leave(false);
-            entry.left = written.map(Box::new);
+            self.requests[index].leave(false);
         }
-        (waiter, None)
+        waiter
     }
 
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome
@@ -700,8 +683,7 @@ impl<W> Pipeline<W> {
 
     /// The connection has ended, and nothing will be written to it any more: everything in flight
     /// ends with `error`, which is given whether it may have been executed. What is queued stays
-    /// for the next connection. Returns the keys of writes that may have been executed and whose
-    /// callers have left.
+    /// for the next connection. Returns the keys of writes that may have been executed.
     pub(crate) fn close(&mut self, error: &Error, woken: &mut Vec<W>) -> Vec<Key> {
         let mut doubtful = Vec::new();
         for _ in 0..self.in_flight {
@@ -715,7 +697,7 @@ impl<W> Pipeline<W> {
                 Sent::No
             };
             if sent == Sent::Maybe {
-                doubtful.extend(entry.left.take().map(|key| *key));
+                doubtful.extend(entry.written.take().map(|key| *key));
             }
             if let Some(claim) = entry.claim {
                 let outcome = interrupted(&mut entry, error.clone().with_sent(sent));

@@ -528,7 +528,7 @@ fn who_gives_up_before_it_is_written_costs_nothing() {
     let kept = talk.queue(&get("kept"));
     let dropped = talk.queue(&set("dropped", "v".repeat(9000)));
     let last = talk.queue(&get("last"));
-    talk.pipeline.abandon(dropped, None);
+    talk.pipeline.abandon(dropped);
     assert_eq!(talk.write(), b"mg kept v f O1\r\nmg last v f O3\r\n");
     talk.receive(b"EN O1\r\nEN O3\r\n").unwrap();
     assert_eq!(talk.value(&kept), None);
@@ -541,7 +541,7 @@ fn callers_that_come_and_go_do_not_fill_the_queue() {
     let kept = talk.queue(&get("kept"));
     for _ in 0..10 * LIMITS.requests {
         let ticket = talk.queue(&set("k", "v".repeat(5000)));
-        talk.pipeline.abandon(ticket, None);
+        talk.pipeline.abandon(ticket);
     }
     let wire = talk.write();
     assert_eq!(wire, b"mg kept v f O1\r\n");
@@ -553,7 +553,7 @@ fn callers_that_come_and_go_do_not_fill_the_queue() {
 fn who_gives_up_after_it_is_written_keeps_its_place_and_its_reply_is_discarded() {
     let mut talk = Conversation::new();
     let dropped = talk.send(&get("a"));
-    talk.pipeline.abandon(dropped, None);
+    talk.pipeline.abandon(dropped);
     let next = talk.send(&get("b"));
     assert!(
         talk.pipeline.oldest_sent_at().is_some(),

@@ -61,13 +61,15 @@ pub(super) fn task(node: Arc<Node>, index: usize) -> impl Future<Output = ()> + 
 }
 
 async fn run(guard: Guard) {
-    let (node, slot) = (&*guard.node, guard.node.slot(guard.index));
+    let (node, slot) = (&guard.node, guard.node.slot(guard.index));
     // Connects that failed, and connections that came to nothing, in a row.
     let mut failures = 0;
     // The connection before did not answer, nor has the present one so far.
     let mut suspect = false;
     let mut redial = false;
     loop {
+        // A connection that ended because we wanted it to.
+        let mut given_up = None;
         if !redial && !work(slot).await {
             return;
         }
@@ -93,7 +95,8 @@ async fn run(guard: Guard) {
             Ok(connected) => {
                 let since = Instant::now();
                 let mut answered = false;
-                let end = serve(node, slot, connected, &mut answered).await;
+                let (end, stream) = serve(node, slot, connected, &mut answered).await;
+                given_up = stream;
                 suspect &= !answered;
                 redial = answered || since.elapsed() > GOOD_LIFE;
                 if redial {
@@ -101,13 +104,16 @@ async fn run(guard: Guard) {
                 }
                 match end {
                     End::Closed => return,
-                    End::Lost(error) => error.at_node(&node.name),
+                    End::Lost(error) => {
+                        given_up = None;
+                        error.at_node(&node.name)
+                    }
                     End::Violated(violation) => Error::from(violation).at_node(&node.name),
                     End::Drained(error) => {
                         // Whatever is asked of it next is asked once it is known to answer.
                         (suspect, failures, redial) = (false, 0, false);
                         node.set_dead(&mut slot.lock(), false);
-                        node.fail_all(slot, &error, Phase::Idle);
+                        node.fail_all(slot, &error, Phase::Idle, given_up);
                         continue;
                     }
                     End::Unresponsive(error) => {
@@ -121,7 +127,7 @@ async fn run(guard: Guard) {
                             most_dead: again && node.most_dead(),
                         });
                         // What waited behind it has waited long enough.
-                        node.fail_all(slot, &error, Phase::Connecting);
+                        node.fail_all(slot, &error, Phase::Connecting, given_up.take());
                         redial |= !again;
                         error
                     }
@@ -130,14 +136,14 @@ async fn run(guard: Guard) {
         };
         if redial {
             // What is queued goes over the next connection.
-            node.fail_in_flight(slot, &error, Phase::Connecting);
+            node.fail_in_flight(slot, &error, Phase::Connecting, given_up);
         } else {
             let until = Instant::now() + backoff(failures);
             let broken = Phase::Broken {
                 until,
                 error: error.clone(),
             };
-            node.fail_all(slot, &error, broken);
+            node.fail_all(slot, &error, broken, given_up);
             failures = failures.saturating_add(1);
         }
     }
@@ -159,7 +165,7 @@ impl Drop for Guard {
             _ => "the runtime of the connection has ended",
         };
         let error = Error::new(ErrorKind::Shutdown, message).at_node(&self.node.name);
-        self.node.fail_all(slot, &error, Phase::Unstarted);
+        self.node.fail_all(slot, &error, Phase::Unstarted, None);
     }
 }
 
@@ -239,21 +245,27 @@ impl Drop for Up<'_> {
     }
 }
 
-/// Runs one connection until it ends.
-async fn serve(node: &Node, slot: &Slot, connected: Connected, answered: &mut bool) -> End {
+/// Runs one connection until it ends, and hands it back.
+async fn serve(
+    node: &Node,
+    slot: &Slot,
+    connected: Connected,
+    answered: &mut bool,
+) -> (End, Option<BoxStream>) {
     let number = node.connection_up();
     let _up = Up(node);
     {
         let mut state = slot.lock();
         if let Phase::Closed = state.phase {
-            return End::Closed;
+            return (End::Closed, None);
         }
         state.phase = Phase::Up;
         let opaque_on_miss = connected.version.has_opaque_on_miss();
         state.pipeline.connected(number, opaque_on_miss);
     }
     let mut connection = Connection::new(connected.stream, node);
-    poll_fn(|cx| connection.poll(node, slot, answered, cx)).await
+    let end = poll_fn(|cx| connection.poll(node, slot, answered, cx)).await;
+    (end, Some(connection.stream))
 }
 
 /// A timer that is moved only forward when it must be earlier; firing early costs one look.

@@ -13,6 +13,7 @@
 
 mod connect;
 mod connection;
+mod linger;
 mod slot;
 
 use std::num::NonZeroU32;
@@ -52,9 +53,16 @@ pub(crate) enum Event<'a> {
     /// So many of the requests [answered](Observer::answered), the first of them sent then, should
     /// have been sooner.
     Slow { requests: u32, sent_at: Instant },
-    /// Keys of writes that ended with that error, may have been executed, or may still be, and whose
-    /// callers have left.
-    InDoubt { keys: Vec<Key>, error: &'a Error },
+    /// Keys of writes that ended with that error, and may have been executed, or may still be.
+    /// `lingers`: the end of that doubt will be told.
+    InDoubt {
+        keys: &'a [Key],
+        error: &'a Error,
+        lingers: bool,
+    },
+    /// The end of a doubt that lingers: they will not be executed any more. Unless that is not
+    /// `certain`, because it was not waited for any longer.
+    DoubtEnds { keys: &'a [Key], certain: bool },
 }
 
 /// Whoever judges a node by what its connections do.

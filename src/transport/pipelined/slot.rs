@@ -10,16 +10,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::linger::Lingering;
 use super::{Event, Observer, PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
-use crate::key::Key;
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
-use crate::transport::{Address, Connector};
+use crate::transport::{Address, BoxStream, Connector};
 use crate::value::CasToken;
 
 /// What a node's connections are made of.
@@ -55,6 +56,10 @@ pub(super) struct Node {
     up: AtomicUsize,
     /// How many slots are [dead](State::dead).
     dead: AtomicUsize,
+    /// How many connections [linger](Lingering).
+    pub(super) lingering: AtomicUsize,
+    /// Told when the last handle is dropped, or the client shut down.
+    pub(super) closing: watch::Sender<()>,
 }
 
 /// One connection's place.
@@ -199,30 +204,59 @@ impl Node {
     }
 
     /// Ends what is queued and in flight in a slot.
-    pub(super) fn fail_all(&self, slot: &Slot, error: &Error, phase: Phase) {
-        self.fail(slot, error, phase, true);
+    pub(super) fn fail_all(
+        self: &Arc<Self>,
+        slot: &Slot,
+        error: &Error,
+        phase: Phase,
+        given_up: Option<BoxStream>,
+    ) {
+        self.fail(slot, error, phase, true, given_up);
     }
 
     /// Ends what is in flight in a slot, and keeps what is queued.
-    pub(super) fn fail_in_flight(&self, slot: &Slot, error: &Error, phase: Phase) {
-        self.fail(slot, error, phase, false);
+    pub(super) fn fail_in_flight(
+        self: &Arc<Self>,
+        slot: &Slot,
+        error: &Error,
+        phase: Phase,
+        given_up: Option<BoxStream>,
+    ) {
+        self.fail(slot, error, phase, false, given_up);
     }
 
-    fn fail(&self, slot: &Slot, error: &Error, phase: Phase, queued_too: bool) {
+    /// `given_up` is the connection, if it has ended because we wanted it to: the server may still
+    /// execute what was sent over it.
+    fn fail(
+        self: &Arc<Self>,
+        slot: &Slot,
+        error: &Error,
+        phase: Phase,
+        queued_too: bool,
+        given_up: Option<BoxStream>,
+    ) {
         let mut woken = Vec::new();
         let mut state = slot.lock();
         if !matches!(state.phase, Phase::Closed) {
             state.phase = phase;
         }
-        let doubtful = state.pipeline.close(error, &mut woken);
+        let keys = state.pipeline.close(error, &mut woken);
         if queued_too {
             state.pipeline.fail_queued(error, &mut woken);
         }
         drop(state);
-        if !doubtful.is_empty() {
-            let keys = doubtful;
-            self.report(&Event::InDoubt { keys, error });
+        if !keys.is_empty() {
+            let lingering = given_up.and_then(|stream| Lingering::new(self, &keys, stream));
+            self.report(&Event::InDoubt {
+                keys: &keys,
+                error,
+                lingers: lingering.is_some(),
+            });
+            if let Some(lingering) = lingering {
+                lingering.spawn();
+            }
         }
+        // Whoever is told of the end of a write finds its doubt noted.
         woken.into_iter().for_each(Waker::wake);
     }
 }
@@ -251,6 +285,8 @@ impl Pool {
                 newest: AtomicU32::new(0),
                 up: AtomicUsize::new(0),
                 dead: AtomicUsize::new(0),
+                lingering: AtomicUsize::new(0),
+                closing: watch::Sender::new(()),
             }),
             spawner: parts.spawner,
             next: AtomicUsize::new(0),
@@ -307,6 +343,7 @@ impl Pool {
     }
 
     pub(super) fn close(&self) {
+        self.node.closing.send_replace(());
         for slot in &self.node.slots {
             let mut woken = Vec::new();
             let mut state = slot.lock();
@@ -399,7 +436,7 @@ impl Pool {
                 let task = connection::task(self.node.clone(), index);
                 if let Err(error) = self.spawner.spawn(task) {
                     let slot = &self.node.slots[index];
-                    self.node.fail_all(slot, &error, Phase::Unstarted);
+                    self.node.fail_all(slot, &error, Phase::Unstarted, None);
                 }
             }
         }
@@ -442,8 +479,6 @@ struct Waiting {
     ticket: Option<Ticket>,
     /// When the caller stops waiting if the connection's own timer has not spoken by then.
     give_up_at: Instant,
-    /// Of a write: its doubt outlives its caller.
-    written: Option<Key>,
 }
 
 impl PipelinedFuture {
@@ -531,7 +566,6 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         slot,
         ticket: Some(ticket),
         give_up_at,
-        written: operation.written().cloned(),
     }))
 }
 
@@ -583,15 +617,9 @@ impl Drop for Waiting {
         if let Some(ticket) = self.ticket.take() {
             let node = &self.pool.node;
             let mut state = node.slot(self.slot).lock();
-            let (waker, doubtful) = state.pipeline.abandon(ticket, self.written.take());
+            let waker = state.pipeline.abandon(ticket);
             drop(state);
             drop(waker);
-            if let Some((key, error)) = doubtful {
-                node.report(&Event::InDoubt {
-                    keys: vec![key],
-                    error: &error,
-                });
-            }
         }
     }
 }

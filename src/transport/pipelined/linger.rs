@@ -1,0 +1,97 @@
+//! Connections that we have given up and the server may not have: what it has been sent it may
+//! still execute, a stopped process as soon as it goes on, however long that takes.
+//!
+//! Such a connection is not dropped but shut down for writing, and kept until the server has closed
+//! it, too, or reset it. Then nothing of it will be executed any more, and whoever keeps book of
+//! writes in doubt is told that these are over. There are only so many of them, for so long.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures::future::{Either, select};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use super::Event;
+use super::slot::Node;
+use crate::key::Key;
+use crate::transport::BoxStream;
+
+/// How many of them a node may have.
+const AT_MOST: usize = 16;
+
+/// How long each may last.
+const LONGEST: Duration = Duration::from_secs(600);
+
+/// Writes whose connection has been given up, until it is known to have ended.
+pub(super) struct Lingering {
+    node: Arc<Node>,
+    keys: Vec<Key>,
+    certain: bool,
+    stream: BoxStream,
+}
+
+impl Lingering {
+    /// `None` if there are too many already, or there is no runtime to see to it.
+    pub(super) fn new(node: &Arc<Node>, keys: &[Key], stream: BoxStream) -> Option<Self> {
+        Handle::try_current().ok()?;
+        let counted = node.lingering.fetch_add(1, Ordering::Relaxed);
+        if counted >= AT_MOST {
+            node.lingering.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self {
+            node: node.clone(),
+            keys: keys.to_vec(),
+            certain: false,
+            stream,
+        })
+    }
+
+    /// Sees it to its end.
+    pub(super) fn spawn(self) {
+        let closing = self.node.closing.subscribe();
+        drop(tokio::spawn(self.until_it_ends(closing)));
+    }
+
+    async fn until_it_ends(mut self, mut closing: watch::Receiver<()>) {
+        let ended = {
+            let ended = std::pin::pin!(drained(&mut self.stream));
+            let given_up = std::pin::pin!(sleep(LONGEST));
+            let no_more = std::pin::pin!(closing.changed());
+            match select(ended, select(given_up, no_more)).await {
+                Either::Left((ended, _)) => ended,
+                Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),
+            }
+        };
+        self.certain = match ended {
+            Ok(()) => true,
+            Err(error) => matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            ),
+        };
+    }
+}
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        self.node.lingering.fetch_sub(1, Ordering::Relaxed);
+        self.node.report(&Event::DoubtEnds {
+            keys: &self.keys,
+            certain: self.certain,
+        });
+    }
+}
+
+/// Says that no more will come, and reads until the server says so, too.
+async fn drained(stream: &mut BoxStream) -> io::Result<()> {
+    stream.shutdown().await?;
+    let mut discarded = [0; 4096];
+    while stream.read(&mut discarded).await? > 0 {}
+    Ok(())
+}
