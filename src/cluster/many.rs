@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use tokio::time::Instant;
 use tower::Service;
 
-use super::place::Placed;
+use super::place::{Errand, Placed};
 use super::route::Attempt;
 use super::{After, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
@@ -90,7 +90,12 @@ impl<S: Service<Request> + Clone> Many<S> {
             (&mut after, indexes.first())
             && self
                 .shared
-                .next(&self.keys[first], &operation, tries, true, |_, _| ())
+                .next(
+                    Errand::read(&self.keys[first], &operation),
+                    tries,
+                    true,
+                    |_, _| (),
+                )
                 .is_none()
         {
             // A batch is one request to the budget, which does not pay for it.
@@ -98,7 +103,7 @@ impl<S: Service<Request> + Clone> Many<S> {
         }
         let mut groups: Vec<Group<S>> = Vec::new();
         for index in indexes {
-            let key = &self.keys[index];
+            let errand = Errand::read(&self.keys[index], &operation);
             let place = |node: &Node<S>, origin| {
                 let id = node.shared().id();
                 let has_room = |group: &&mut Group<S>| {
@@ -117,14 +122,14 @@ impl<S: Service<Request> + Clone> Many<S> {
             };
             let settled = match &after {
                 None | Some((After::Repeat(_) | After::Await, _)) => {
-                    match self.shared.first(key, &operation, place) {
+                    match self.shared.first(errand, place) {
                         Placed::At(()) => None,
                         Placed::Settled(Ok(_)) => Some(Ok(None)),
                         Placed::Settled(Err(error)) => Some(Err(error)),
                     }
                 }
                 Some((After::Move { .. }, error)) => {
-                    let placed = self.shared.next(key, &operation, tries, false, place);
+                    let placed = self.shared.next(errand, tries, false, place);
                     placed.map_or(Some(Err(error.clone())), |()| None)
                 }
                 Some((After::GiveUp, error)) => Some(Err(error.clone())),

@@ -353,7 +353,7 @@ where
         }
         if request.purpose() == Purpose::Note {
             let error = Error::new(ErrorKind::Disabled, "it is only taken note of");
-            self.shared.take_note(request.operation());
+            self.shared.take_note(&request);
             return ClusterFuture::settled(Err(error));
         }
         self.shared.budget.deposit();

@@ -14,7 +14,7 @@ use super::{FailureMode, Shared, Tries};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::node::{Admission, Node, Reason};
-use crate::request::{Operation, Origin};
+use crate::request::{Operation, Origin, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 use crate::telemetry::Event;
 
@@ -23,6 +23,44 @@ pub(super) enum Placed<T> {
     At(T),
     /// No node has to be asked, or none can be.
     Settled(Result<Response>),
+}
+
+/// What is to be placed.
+#[derive(Clone, Copy)]
+pub(super) struct Errand<'a> {
+    pub(super) key: &'a Key,
+    pub(super) operation: &'a Operation,
+    /// It puts back what was loaded: nothing has changed, and nobody has to forget anything.
+    refills: bool,
+}
+
+impl<'a> Errand<'a> {
+    /// `None` if it has no key to be placed by.
+    pub(super) fn of(request: &'a Request) -> Option<Self> {
+        Some(Self {
+            key: request.operation().key()?,
+            operation: request.operation(),
+            refills: request.purpose() == Purpose::Refill,
+        })
+    }
+
+    /// One key of a multi-key read.
+    pub(super) fn read(key: &'a Key, operation: &'a Operation) -> Self {
+        Self {
+            key,
+            operation,
+            refills: false,
+        }
+    }
+
+    /// The key, if an older value of it must not be read after this.
+    fn written(&self) -> Option<&'a Key> {
+        self.operation.written().filter(|_| !self.refills)
+    }
+
+    fn changes(&self) -> bool {
+        self.operation.changes() && !self.refills
+    }
 }
 
 /// What a node is to a key now.
@@ -55,15 +93,14 @@ impl<S> Shared<S> {
     /// Hands the node that a new request for `key` goes to, and as whose request, to `start`.
     pub(super) fn first<T>(
         &self,
-        key: &Key,
-        operation: &Operation,
+        errand: Errand<'_>,
         start: impl FnOnce(&Node<S>, Origin) -> T,
     ) -> Placed<T> {
         let topology = self.topology.load();
-        let home = topology.home(key);
-        let standing = standing(home, key);
+        let home = topology.home(errand.key);
+        let standing = standing(home, errand.key);
         if standing == Standing::Good {
-            self.forget_behind(&topology, key, operation, home);
+            self.forget_behind(&topology, errand, home);
             return Placed::At(start(home, Origin::Home));
         }
         // Nobody may ask it for a long time, so whether it is seen to is looked to here.
@@ -71,12 +108,12 @@ impl<S> Shared<S> {
         let redistributes = self.settings.failure_mode == FailureMode::Redistribute;
         let too_many = redistributes && self.too_many_open(&topology);
         let refuge = (redistributes && !too_many)
-            .then(|| self.refuge(&topology, key, operation, &[]))
+            .then(|| self.refuge(&topology, errand, &[]))
             .flatten();
         if let Some(refuge) = refuge
-            && operation.is_movable()
+            && errand.operation.is_movable()
         {
-            self.move_to(&topology, key, operation, refuge);
+            self.move_to(&topology, errand, refuge);
             return Placed::At(start(refuge, Origin::Moved));
         }
         let unavailable = |why: &'static str| {
@@ -84,29 +121,31 @@ impl<S> Shared<S> {
             Placed::Settled(Err(error.at_node(home.name())))
         };
         match standing {
-            Standing::Out if too_many && operation.is_movable() => {
-                self.forget_everywhere(&topology, key, operation);
+            Standing::Out if too_many && errand.operation.is_movable() => {
+                self.forget_everywhere(&topology, errand);
                 unavailable("it is out, and more nodes are than others may stand in for")
             }
             // An open home refuses it at once; what then happens is a matter of the failure mode.
             Standing::Out => {
-                self.forget_everywhere(&topology, key, operation);
+                self.forget_everywhere(&topology, errand);
                 Placed::At(start(home, Origin::Home))
             }
             // It must not succeed beside an original that it cannot see.
-            Standing::Deferred if refuge.is_some() && operation.is_add() => {
+            Standing::Deferred if refuge.is_some() && errand.operation.is_add() => {
                 unavailable("it is back, but not yet for this key")
             }
-            Standing::Outdated if operation.is_read() => Placed::Settled(Ok(Response::Value(None))),
+            Standing::Outdated if errand.operation.is_read() => {
+                Placed::Settled(Ok(Response::Value(None)))
+            }
             // The value that it is to take the place of is as good as gone.
-            Standing::Outdated if operation.is_swap() => {
+            Standing::Outdated if errand.operation.is_swap() => {
                 Placed::Settled(Ok(Response::Swapped(CasOutcome::Exists)))
             }
-            Standing::Outdated if !operation.is_movable() => {
+            Standing::Outdated if !errand.operation.is_movable() => {
                 unavailable("what it has for this key is old, and being deleted")
             }
             Standing::Good | Standing::Deferred | Standing::Outdated => {
-                self.forget_behind(&topology, key, operation, home);
+                self.forget_behind(&topology, errand, home);
                 Placed::At(start(home, Origin::Home))
             }
         }
@@ -116,8 +155,7 @@ impl<S> Shared<S> {
     /// other node for it, or the budget does not pay for going there.
     pub(super) fn next<T>(
         &self,
-        key: &Key,
-        operation: &Operation,
+        errand: Errand<'_>,
         tries: &Tries,
         paid: bool,
         start: impl FnOnce(&Node<S>, Origin) -> T,
@@ -126,20 +164,22 @@ impl<S> Shared<S> {
         if self.too_many_open(&topology) {
             return None;
         }
-        let home = topology.home(key);
+        let home = topology.home(errand.key);
         // The topology may have changed, and the key's home with it.
-        if !tries.spent.contains(&home.shared().id()) && standing(home, key) == Standing::Good {
+        if !tries.spent.contains(&home.shared().id())
+            && standing(home, errand.key) == Standing::Good
+        {
             if paid && !self.pay(home.shared()) {
                 return None;
             }
-            self.forget_behind(&topology, key, operation, home);
+            self.forget_behind(&topology, errand, home);
             return Some(start(home, Origin::Home));
         }
-        let refuge = self.refuge(&topology, key, operation, &tries.spent)?;
+        let refuge = self.refuge(&topology, errand, &tries.spent)?;
         if paid && !self.pay(home.shared()) {
             return None;
         }
-        self.move_to(&topology, key, operation, refuge);
+        self.move_to(&topology, errand, refuge);
         Some(start(refuge, Origin::Moved))
     }
 
@@ -151,53 +191,48 @@ impl<S> Shared<S> {
     fn refuge<'a>(
         &self,
         topology: &'a Topology<S>,
-        key: &'a Key,
-        operation: &Operation,
+        errand: Errand<'a>,
         spent: &[u64],
     ) -> Option<&'a Node<S>> {
         let stands = |good: fn(Standing) -> bool| {
-            let mut others = topology.sequence(key).skip(1);
-            others.find(|node| !spent.contains(&node.shared().id()) && good(standing(node, key)))
+            let mut others = topology.sequence(errand.key).skip(1);
+            others.find(|node| {
+                !spent.contains(&node.shared().id()) && good(standing(node, errand.key))
+            })
         };
         let good = stands(|standing| standing == Standing::Good);
         // What is written whatever was there may be deleted again: it will be a miss.
         good.or_else(|| {
-            let blind = operation.is_blind();
+            let blind = errand.operation.is_blind();
             stands(|standing| standing == Standing::Outdated).filter(|_| blind)
         })
     }
 
     /// What is done before a request goes to a node that is not its key's home.
-    fn move_to(&self, topology: &Topology<S>, key: &Key, operation: &Operation, refuge: &Node<S>) {
-        topology.home(key).shared().count(Event::Failover);
-        let skipped = topology.sequence(key);
+    fn move_to(&self, topology: &Topology<S>, errand: Errand<'_>, refuge: &Node<S>) {
+        topology.home(errand.key).shared().count(Event::Failover);
+        let skipped = topology.sequence(errand.key);
         for node in skipped.take_while(|node| node.shared().id() != refuge.shared().id()) {
-            if operation.lasts() {
+            if errand.operation.lasts() {
                 node.shared().passed_by(self.settings.failover_ttl);
             }
-            if let Some(key) = operation.written() {
+            if let Some(key) = errand.written() {
                 node.shared().outdate(key, Reason::Outdated);
             }
         }
-        self.forget_behind(topology, key, operation, refuge);
+        self.forget_behind(topology, errand, refuge);
     }
 
     /// The nodes behind `node` on the key's way that may have answered for it lately: in the next
     /// outage they must not answer with what they got in the last one.
-    fn forget_behind(
-        &self,
-        topology: &Topology<S>,
-        key: &Key,
-        operation: &Operation,
-        node: &Node<S>,
-    ) {
-        if !operation.changes() || !node.shared().was_passed_by() {
+    fn forget_behind(&self, topology: &Topology<S>, errand: Errand<'_>, node: &Node<S>) {
+        if !errand.changes() || !node.shared().was_passed_by() {
             return;
         }
-        let behind = topology.sequence(key);
+        let behind = topology.sequence(errand.key);
         let behind = behind.skip_while(|other| other.shared().id() != node.shared().id());
         for other in behind.skip(1) {
-            other.shared().outdate(key, Reason::Outdated);
+            other.shared().outdate(errand.key, Reason::Outdated);
             if !other.shared().was_passed_by() {
                 break;
             }
@@ -205,18 +240,18 @@ impl<S> Shared<S> {
     }
 
     /// Of a write that is not made.
-    pub(super) fn take_note(&self, operation: &Operation) {
-        if let Some(key) = operation.key() {
-            self.forget_everywhere(&self.topology.load(), key, operation);
+    pub(super) fn take_note(&self, request: &Request) {
+        if let Some(errand) = Errand::of(request) {
+            self.forget_everywhere(&self.topology.load(), errand);
         }
     }
 
     /// A write that no node is asked for.
-    fn forget_everywhere(&self, topology: &Topology<S>, key: &Key, operation: &Operation) {
-        if operation.written().is_some() {
-            let home = topology.home(key);
-            home.shared().outdate(key, Reason::Outdated);
-            self.forget_behind(topology, key, operation, home);
+    fn forget_everywhere(&self, topology: &Topology<S>, errand: Errand<'_>) {
+        if errand.written().is_some() {
+            let home = topology.home(errand.key);
+            home.shared().outdate(errand.key, Reason::Outdated);
+            self.forget_behind(topology, errand, home);
         }
     }
 }

@@ -14,7 +14,7 @@ use tower::Service;
 
 use super::hedge::Hedge;
 use super::many::{Every, Many};
-use super::place::Placed;
+use super::place::{Errand, Placed};
 use super::{After, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::after;
@@ -58,12 +58,12 @@ where
     }
 
     pub(super) fn single(shared: &Arc<Shared<S>>, request: Request) -> Self {
-        let Some(key) = request.operation().key() else {
+        let Some(errand) = Errand::of(&request) else {
             let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
             return Self::settled(Err(error));
         };
         let mut hedge = None;
-        let first = shared.first(key, request.operation(), |node, origin| {
+        let first = shared.first(errand, |node, origin| {
             hedge = Hedge::new(shared, node, &request);
             Attempt::new(node, shared.addressed(&request, origin))
         });
@@ -288,17 +288,14 @@ where
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Poll::Ready(Err(error.after_attempts(this.tries.sent)));
             }
-            let operation = request.operation();
-            let Some(key) = operation.key() else {
+            let Some(errand) = Errand::of(request) else {
                 return Poll::Ready(Err(error));
             };
-            let next = match shared.after(operation, &failed_at, &error, this.tries) {
+            let next = match shared.after(errand.operation, &failed_at, &error, this.tries) {
                 After::GiveUp => None,
-                After::Move { paid } => {
-                    shared.next(key, operation, this.tries, paid, |node, origin| {
-                        Attempt::new(node, shared.addressed(request, origin))
-                    })
-                }
+                After::Move { paid } => shared.next(errand, this.tries, paid, |node, origin| {
+                    Attempt::new(node, shared.addressed(request, origin))
+                }),
                 after @ (After::Repeat(_) | After::Await) => {
                     let delay = match after {
                         After::Repeat(delay) => Some(delay),
@@ -311,7 +308,7 @@ where
                     let again = |node: &Node<S>, origin| {
                         Attempt::after(wait, node, shared.addressed(request, origin))
                     };
-                    match shared.first(key, operation, again) {
+                    match shared.first(errand, again) {
                         Placed::At(attempt) => Some(attempt),
                         Placed::Settled(outcome) => {
                             let sent = this.tries.sent;

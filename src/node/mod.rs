@@ -51,7 +51,7 @@ use shared::{Makings, Watch, asker};
 use crate::error::{BoxError, Charge, Error, ErrorKind, Result, Sent};
 use crate::executor::{Executor, LATE, after};
 use crate::key::Key;
-use crate::request::{Operation, Request};
+use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::transport::{Parts, Pipelined};
 
@@ -143,16 +143,20 @@ struct Asked {
     /// Whether it does the same whatever is there.
     blind: bool,
     flush: bool,
+    /// Whether it puts back what was loaded, and changes nothing.
+    refills: bool,
     hold: Option<Hold>,
 }
 
 impl Asked {
-    fn new(operation: &Operation) -> Self {
+    fn new(request: &Request) -> Self {
+        let operation = request.operation();
         Self {
             operation: operation.ordinal(),
             written: operation.written().cloned(),
             blind: operation.is_blind(),
             flush: matches!(operation, Operation::FlushAll),
+            refills: request.purpose() == Purpose::Refill,
             hold: None,
         }
     }
@@ -387,7 +391,7 @@ impl<S: Service<Request> + Clone> NodeFuture<S> {
         Self {
             shared: node.shared.clone(),
             deadline: request.deadline(),
-            asked: Asked::new(request.operation()),
+            asked: Asked::new(&request),
             step: Step::Waiting {
                 service: node.service.clone(),
                 request,

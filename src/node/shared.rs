@@ -486,7 +486,7 @@ impl Shared {
         let Some(key) = &asked.written else { return };
         if error.sent() == Sent::Maybe {
             self.outdate(key, Reason::of(error));
-        } else if out {
+        } else if out && !asked.refills {
             self.outdate(key, Reason::Outdated);
         }
     }

@@ -253,6 +253,31 @@ async fn a_key_whose_node_may_hold_something_old_is_a_miss_where_there_is_no_oth
 }
 
 #[tokio::test]
+async fn what_is_only_loaded_meanwhile_does_not_empty_a_node_that_comes_back() {
+    let servers = servers(3).await;
+    let client = redistributing(&servers);
+    let keys = keys_of(&servers, 1, 20);
+    write(&client, &keys, "v").await;
+    servers[1].refuse();
+    until_open(&client, 1).await;
+    for key in &keys {
+        let load = || async { Ok::<_, std::io::Error>(Some("v")) };
+        let loaded = client.get_or_load(key, Ttl::NEVER, load).await.unwrap();
+        assert_eq!(loaded.unwrap(), "v");
+    }
+    assert_eq!(client.nodes()[1].journal, 0);
+    // But what is written is not read from where it was only loaded, in the next outage.
+    servers[1].accept().unwrap();
+    until_closed(&client, 1).await;
+    write(&client, &keys[..10], "w").await;
+    servers[1].refuse();
+    until_open(&client, 1).await;
+    for key in &keys[..10] {
+        assert_eq!(client.get(key).await.unwrap(), None);
+    }
+}
+
+#[tokio::test]
 async fn a_key_that_is_written_all_the_time_comes_home_as_well() {
     let servers = servers(3).await;
     let client = redistributing(&servers);
