@@ -3,13 +3,15 @@
 
 use std::time::Duration;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use futures::future::join_all;
-use tokio::time::timeout;
-use tower_memcached::testing::Server;
+use tokio::time::{Instant, timeout};
+use tower_memcached::testing::{Flow, Proxy, Server, Toxics};
 use tower_memcached::{
-    BreakerSettings, BreakerState, CasOutcome, Client, ClientBuilder, EjectionCause, ErrorKind,
-    FailureMode, GroupLayer, JournalOverflow, JournalSettings, Key, KillSwitch, Outcome,
-    ProbeSettings, Sent, Ttl,
+    Address, BreakerSettings, BreakerState, CasOutcome, Client, ClientBuilder, Connecting,
+    Connector, EjectionCause, ErrorKind, Executor, FailureMode, GroupLayer, JournalOverflow,
+    JournalSettings, Key, KillSwitch, Outcome, ProbeSettings, Sent, SystemConnector, Ttl,
 };
 
 use crate::support::{
@@ -193,6 +195,71 @@ async fn a_write_that_is_executed_late_is_not_read() {
         looks += 1;
         assert!(looks < 4000, "{:?}", client.nodes());
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The first connection goes through one proxy, all others through another.
+struct Parted {
+    dialled: AtomicUsize,
+    others: Address,
+}
+
+impl Connector for Parted {
+    fn connect(&self, address: &Address) -> Connecting {
+        let first = self.dialled.fetch_add(1, Ordering::Relaxed) == 0;
+        SystemConnector::new().connect(if first { address } else { &self.others })
+    }
+}
+
+/// 7 and 55 of FAULTS: one thread of the server sleeps, with its connections, and the node stays in.
+#[tokio::test]
+async fn a_write_that_is_executed_much_later_over_a_connection_given_up_is_not_read() {
+    let server = server().await;
+    let upstream = server.address().unwrap();
+    let sleeps = Proxy::listen(upstream).await.unwrap();
+    let awake = Proxy::listen(upstream).await.unwrap();
+    let client = Client::builder()
+        .nodes([sleeps.address().to_string()])
+        .executor(Executor::current())
+        .timeout(Duration::from_secs(2))
+        .attempt_timeout(ATTEMPT)
+        .connector(Parted {
+            dialled: AtomicUsize::new(0),
+            others: awake.address().to_string().parse().unwrap(),
+        })
+        .build()
+        .unwrap();
+    client.set("k", "old", Ttl::NEVER).await.unwrap();
+    sleeps.set(Flow::Both, Toxics::new().blackhole());
+    let late = client.set("k", "late", Ttl::NEVER).await;
+    eventually("it is made anew", || awake.open_connections() > 0).await;
+    assert_eq!(state(&client, 0), BreakerState::Closed, "{late:?}");
+    // Far longer than the grace that is given where nothing is known.
+    let sleeping = Instant::now();
+    while sleeping.elapsed() < Duration::from_secs(5) {
+        client.set("k", "new", Ttl::NEVER).await.unwrap();
+        assert!(
+            client
+                .get("k")
+                .await
+                .unwrap()
+                .is_none_or(|read| read == "new")
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let ended = sleeps.open_connections();
+    assert_eq!(ended, 1, "it is watched");
+    sleeps.heal().unwrap();
+    eventually("it is over", || {
+        client.nodes()[0].journal == 0 && sleeps.open_connections() == 0
+    })
+    .await;
+    for _ in 0..50 {
+        let read = client.get("k").await.unwrap();
+        assert_eq!(
+            read, None,
+            "neither the late one nor what it has overwritten"
+        );
     }
 }
 
