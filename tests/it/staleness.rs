@@ -223,6 +223,8 @@ async fn a_write_that_is_executed_much_later_over_a_connection_given_up_is_not_r
         .executor(Executor::current())
         .timeout(Duration::from_secs(2))
         .attempt_timeout(ATTEMPT)
+        // It ends before the write does, whose deletion would otherwise go the same way.
+        .stall_timeout(ATTEMPT / 2)
         .connector(Parted {
             dialled: AtomicUsize::new(0),
             others: awake.address().to_string().parse().unwrap(),
