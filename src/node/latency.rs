@@ -1,6 +1,6 @@
 //! How long requests to a node take, as far as hedging needs to know.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Buckets of doubling width, each in four: 0 to 4.3 s in microseconds.
@@ -15,6 +15,8 @@ pub(super) struct Latencies {
     buckets: [AtomicU32; BUCKETS],
     /// In microseconds; 0 while it is unknown.
     p95: AtomicU64,
+    /// Somebody has asked: until then nothing is counted.
+    wanted: AtomicBool,
 }
 
 impl Default for Latencies {
@@ -22,6 +24,7 @@ impl Default for Latencies {
         Self {
             buckets: [const { AtomicU32::new(0) }; BUCKETS],
             p95: AtomicU64::new(0),
+            wanted: AtomicBool::new(false),
         }
     }
 }
@@ -47,11 +50,17 @@ fn end(bucket: usize) -> u64 {
 
 impl Latencies {
     pub(super) fn record(&self, elapsed: Duration) {
+        if !self.wanted.load(Ordering::Relaxed) {
+            return;
+        }
         let micros = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
         self.buckets[bucket(micros)].fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn p95(&self) -> Option<Duration> {
+        if !self.wanted.load(Ordering::Relaxed) {
+            self.wanted.store(true, Ordering::Relaxed);
+        }
         match self.p95.load(Ordering::Relaxed) {
             0 => None,
             micros => Some(Duration::from_micros(micros)),
@@ -60,6 +69,9 @@ impl Latencies {
 
     /// Takes stock, if enough has been seen since the last time.
     pub(super) fn turn(&self) {
+        if !self.wanted.load(Ordering::Relaxed) {
+            return;
+        }
         let counts = self
             .buckets
             .each_ref()
