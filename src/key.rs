@@ -110,6 +110,13 @@ impl Key {
         Ok(Self::from_checked(encoded.as_bytes(), true))
     }
 
+    /// The same for the same bytes, in every map and run of this process.
+    pub(crate) fn fixed_hash(&self) -> u64 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        hasher.write(self.as_bytes());
+        hasher.finish()
+    }
+
     fn check(key: &[u8]) -> Result<(), InvalidKey> {
         if key.is_empty() {
             return Err(InvalidKey::Empty);

@@ -13,11 +13,11 @@ use tokio::time::Instant;
 use tower::Service;
 
 use super::place::{Errand, Placed};
-use super::route::Attempt;
-use super::{After, Shared, Tries};
+use super::route::Wait;
+use super::{After, Shared, Tries, shut_down};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
-use crate::node::Node;
+use crate::node::{Node, NodeFuture};
 use crate::request::{Operation, Origin, Request};
 use crate::response::{NodeResult, Response};
 use crate::value::Value;
@@ -32,13 +32,22 @@ pub(super) struct Many<S: Service<Request>> {
     deadline: Option<Instant>,
     outcomes: Vec<Option<Result<Option<Value>>>>,
     batches: Vec<Batch<S>>,
+    waiting: Vec<Waiting>,
+    look_again: bool,
+}
+
+/// Keys that wait to be placed again.
+struct Waiting {
+    indexes: Vec<usize>,
+    tries: Tries,
+    wait: Pin<Box<Wait>>,
 }
 
 struct Batch<S: Service<Request>> {
     /// Which of the keys.
     indexes: Vec<usize>,
     tries: Tries,
-    attempt: Pin<Box<Attempt<S>>>,
+    attempt: Pin<Box<NodeFuture<S>>>,
 }
 
 /// Keys on their way to one node.
@@ -61,9 +70,11 @@ impl<S: Service<Request> + Clone> Many<S> {
             keys,
             deadline,
             batches: Vec::new(),
+            waiting: Vec::new(),
+            look_again: false,
         };
         let all = 0..many.keys.len();
-        many.send(all.collect(), &Tries::default(), None);
+        many.send(all.collect(), Tries::default(), None);
         many
     }
 
@@ -83,24 +94,10 @@ impl<S: Service<Request> + Clone> Many<S> {
         }
     }
 
-    /// Sends keys to where they go: to their homes, or after a failure to where `after` says.
-    fn send(&mut self, indexes: Vec<usize>, tries: &Tries, mut after: Option<(After, Error)>) {
+    /// Sends keys to where they go now; or, after they have failed with an error, to other nodes than
+    /// those in `tries`, which has to be `paid` for or not.
+    fn send(&mut self, indexes: Vec<usize>, tries: Tries, failed: Option<(Error, bool)>) {
         let operation = reads();
-        if let (Some((after @ After::Move { paid: true }, _)), Some(&first)) =
-            (&mut after, indexes.first())
-            && self
-                .shared
-                .next(
-                    Errand::read(&self.keys[first], &operation),
-                    tries,
-                    true,
-                    |_, _| (),
-                )
-                .is_none()
-        {
-            // A batch is one request to the budget, which does not pay for it.
-            *after = After::GiveUp;
-        }
         let mut groups: Vec<Group<S>> = Vec::new();
         for index in indexes {
             let errand = Errand::read(&self.keys[index], &operation);
@@ -120,52 +117,43 @@ impl<S: Service<Request> + Clone> Many<S> {
                     }),
                 }
             };
-            let settled = match &after {
-                None | Some((After::Repeat(_) | After::Await, _)) => {
-                    match self.shared.first(errand, place) {
-                        Placed::At(()) => None,
-                        Placed::Settled(Ok(_)) => Some(Ok(None)),
-                        Placed::Settled(Err(error)) => Some(Err(error)),
-                    }
-                }
-                Some((After::Move { .. }, error)) => {
-                    let placed = self.shared.next(errand, tries, false, place);
+            let settled = match &failed {
+                None => match self.shared.first(errand, place) {
+                    Placed::At(()) => None,
+                    Placed::Settled(Ok(_)) => Some(Ok(None)),
+                    Placed::Settled(Err(error)) => Some(Err(error)),
+                },
+                Some((error, _)) => {
+                    let placed = self.shared.next(errand, &tries, false, place);
                     placed.map_or(Some(Err(error.clone())), |()| None)
                 }
-                Some((After::GiveUp, error)) => Some(Err(error.clone())),
             };
             if settled.is_some() {
                 self.outcomes[index] = settled;
             }
         }
-        let delay = match &after {
-            Some((After::Repeat(delay), _)) => Some(Some(*delay)),
-            Some((After::Await, _)) => Some(None),
-            _ => None,
-        };
-        for Group {
-            node,
-            origin,
-            indexes,
-        } in groups
+        // However many nodes take over from it, a batch is one request to the budget.
+        if let Some((error, true)) = &failed
+            && let Some(group) = groups.first()
+            && !self.shared.pay(group.node.shared())
         {
-            let request = self.part(&indexes).with_origin(origin);
-            let wait = delay.map(|delay| self.shared.wait(delay, node.shared(), self.deadline));
-            let attempt = match wait {
-                None => Attempt::new(&node, request),
-                Some(Ok(wait)) => Attempt::after(wait, &node, request),
-                Some(Err(error)) => {
-                    for index in indexes {
-                        self.outcomes[index] = Some(Err(error.clone()));
-                    }
-                    continue;
-                }
-            };
+            for index in groups.drain(..).flat_map(|group| group.indexes) {
+                self.outcomes[index] = Some(Err(error.clone()));
+            }
+        }
+        for group in groups {
+            let request = self.part(&group.indexes).with_origin(group.origin);
             self.batches.push(Batch {
-                indexes,
+                attempt: Box::pin(NodeFuture::new(&group.node, request)),
+                indexes: group.indexes,
                 tries: tries.clone(),
-                attempt: Box::pin(attempt),
             });
+        }
+    }
+
+    fn give_up(&mut self, indexes: Vec<usize>, error: &Error) {
+        for index in indexes {
+            self.outcomes[index] = Some(Err(error.clone()));
         }
     }
 }
@@ -177,6 +165,19 @@ where
 {
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Response> {
         let mut index = 0;
+        while index < self.waiting.len() {
+            let Poll::Ready(closed) = self.waiting[index].wait.as_mut().poll(cx) else {
+                index += 1;
+                continue;
+            };
+            let waited = self.waiting.swap_remove(index);
+            if closed {
+                self.give_up(waited.indexes, &shut_down());
+            } else {
+                self.send(waited.indexes, waited.tries, None);
+            }
+        }
+        let mut index = 0;
         // Batches that take a failed one's keys are pushed behind, and polled in the same pass.
         while index < self.batches.len() {
             match self.batches[index].attempt.as_mut().poll(cx) {
@@ -187,12 +188,16 @@ where
                 }
             }
         }
-        if !self.batches.is_empty() {
+        if !self.batches.is_empty() || !self.waiting.is_empty() {
             let now = Instant::now();
             if self.deadline.is_none_or(|deadline| now < deadline) {
+                if std::mem::take(&mut self.look_again) {
+                    cx.waker().wake_by_ref();
+                }
                 return Poll::Pending;
             }
             self.batches.clear();
+            self.waiting.clear();
         }
         let outcomes = std::mem::take(&mut self.outcomes).into_iter();
         let outcomes = outcomes.map(|outcome| outcome.unwrap_or_else(|| Err(out_of_time())));
@@ -227,16 +232,31 @@ where
             }
         }
         let Some(error) = failure else { return };
-        let after = if self
+        let error = error.after_attempts(batch.tries.sent);
+        if self
             .deadline
             .is_some_and(|deadline| deadline <= Instant::now())
         {
-            After::GiveUp
-        } else {
-            let node = batch.attempt.node().clone();
-            self.shared.after(&reads(), &node, &error, &mut batch.tries)
-        };
-        self.send(failed, &batch.tries, Some((after, error)));
+            return self.give_up(failed, &error);
+        }
+        let node = batch.attempt.node().clone();
+        let mut tries = batch.tries;
+        match self.shared.after(&reads(), &node, &error, &mut tries) {
+            After::GiveUp => self.give_up(failed, &error),
+            After::Move { paid } => self.send(failed, tries, Some((error, paid))),
+            After::Wait(delay) => match self.shared.wait(delay, &node, self.deadline) {
+                Ok(wait) => {
+                    self.waiting.push(Waiting {
+                        indexes: failed,
+                        tries,
+                        wait: Box::pin(wait),
+                    });
+                    // It has yet to be polled.
+                    self.look_again = true;
+                }
+                Err(error) => self.give_up(failed, &error),
+            },
+        }
     }
 }
 
@@ -255,13 +275,13 @@ fn out_of_time() -> Error {
 pub(super) struct Every<S: Service<Request>> {
     deadline: Option<Instant>,
     answers: Vec<Option<NodeResult<Response>>>,
-    attempts: Vec<Option<Pin<Box<Attempt<S>>>>>,
+    attempts: Vec<Option<Pin<Box<NodeFuture<S>>>>>,
 }
 
 impl<S: Service<Request> + Clone> Every<S> {
     pub(super) fn new(shared: &Arc<Shared<S>>, request: &Request) -> Self {
         let topology = shared.topology.load();
-        let attempt = |node: &Node<S>| Box::pin(Attempt::new(node, request.clone()));
+        let attempt = |node: &Node<S>| Box::pin(NodeFuture::new(node, request.clone()));
         let nodes = topology.members().iter().map(|member| &member.node);
         let attempts: Vec<_> = nodes.map(|node| Some(attempt(node))).collect();
         Self {

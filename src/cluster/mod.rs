@@ -269,7 +269,19 @@ impl<S> Cluster<S> {
             };
             Topology::new(&shared.settings.ring, specs.iter().map(member).collect())
         };
-        shared.topology.rcu(|current| make(current, &specs));
+        let before = shared.topology.rcu(|current| make(current, &specs));
+        let after = shared.topology.load();
+        for member in before.members() {
+            let id = member.node.shared().id();
+            if !after
+                .members()
+                .iter()
+                .any(|kept| kept.node.shared().id() == id)
+            {
+                // Those who wait for it go where their keys belong now.
+                member.node.shared().call_back();
+            }
+        }
         shared.changes.send_replace(());
         Ok(())
     }
@@ -282,10 +294,10 @@ impl<S> Cluster<S> {
         members.map(|member| member.node.status()).collect()
     }
 
-    fn in_flight(&self) -> usize {
+    fn under_way(&self) -> usize {
         let topology = self.shared.topology.load();
         let members = topology.members().iter();
-        members.map(|member| member.node.in_flight()).sum()
+        members.map(|member| member.node.under_way()).sum()
     }
 
     /// Takes no new requests, waits up to `drain` for those under way, and closes every
@@ -293,7 +305,7 @@ impl<S> Cluster<S> {
     pub async fn shutdown(&self, drain: Duration) {
         self.shared.shut_down.store(true, Ordering::Release);
         let until = after(Instant::now(), drain);
-        while self.in_flight() > 0 && Instant::now() < until {
+        while self.under_way() > 0 && Instant::now() < until {
             let look_again = after(Instant::now(), Duration::from_millis(1));
             match self.shared.spawner.sleep_until(look_again.min(until)) {
                 Ok(wait) => wait.await,
@@ -348,8 +360,7 @@ where
 
     fn call(&mut self, request: Request) -> ClusterFuture<S> {
         if self.shared.shut_down.load(Ordering::Acquire) {
-            let error = Error::new(ErrorKind::Shutdown, "the client is shut down");
-            return ClusterFuture::settled(Err(error));
+            return ClusterFuture::settled(Err(shut_down()));
         }
         if request.purpose() == Purpose::Note {
             let error = Error::new(ErrorKind::Disabled, "it is only taken note of");
@@ -365,6 +376,10 @@ where
             _ => ClusterFuture::single(&self.shared, request),
         }
     }
+}
+
+fn shut_down() -> Error {
+    Error::new(ErrorKind::Shutdown, "the client is shut down")
 }
 
 /// What is known of a request that has failed somewhere.
@@ -402,10 +417,8 @@ enum After {
     Move {
         paid: bool,
     },
-    /// The same node again, after a while.
-    Repeat(Duration),
-    /// The same node again, once it is back.
-    Await,
+    /// The same again, after a while; or once the node is back.
+    Wait(Option<Duration>),
 }
 
 /// The first wait in [`FailureMode::Retry`] is up to this, doubled each time: full jitter, so that
@@ -431,7 +444,7 @@ impl<S> Shared<S> {
         tries.sent = tries.sent.max(error.sent());
         let unsent = error.sent() == Sent::No;
         let kind = error.kind();
-        if self.shut_down.load(Ordering::Acquire) {
+        if node.is_closed() {
             return After::GiveUp;
         }
         let failed_there = matches!(
@@ -453,12 +466,10 @@ impl<S> Shared<S> {
         // for what may run twice, and for what never left.
         if kind == ConnectionLost && !open && !tries.repeated && (operation.is_movable() || unsent)
         {
+            // Once each, and all of them at once: a budget would only leave some of them behind.
             tries.repeated = true;
-            if !self.pay(node) {
-                return After::GiveUp;
-            }
             node.count(Event::Retry);
-            return After::Repeat(Duration::ZERO);
+            return After::Wait(Some(Duration::ZERO));
         }
         match self.settings.failure_mode {
             FailureMode::Cancel => After::GiveUp,
@@ -478,14 +489,14 @@ impl<S> Shared<S> {
                     return After::GiveUp;
                 }
                 if open {
-                    return After::Await;
+                    return After::Wait(None);
                 }
                 let longest = FIRST_WAIT
                     .saturating_mul(1 << tries.waits.min(16))
                     .min(LONGEST_WAIT);
                 tries.waits += 1;
                 node.count(Event::Retry);
-                After::Repeat(longest.mul_f64(fastrand::f64()).max(SHORTEST_WAIT))
+                After::Wait(Some(longest.mul_f64(fastrand::f64()).max(SHORTEST_WAIT)))
             }
         }
     }

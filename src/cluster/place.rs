@@ -13,7 +13,7 @@ use super::topology::Topology;
 use super::{FailureMode, Shared, Tries};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
-use crate::node::{Admission, Node, Reason};
+use crate::node::{Admission, Node, Reason, Shared as NodeShared};
 use crate::request::{Operation, Origin, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 use crate::telemetry::Event;
@@ -83,8 +83,9 @@ fn standing<S>(node: &Node<S>, key: &Key) -> Standing {
     }
     match node.admits(key) {
         Admission::Refused => Standing::Out,
+        // Deferred or not: it is not asked where nobody else can be, either.
+        _ if node.is_outdated(key) => Standing::Outdated,
         Admission::Deferred => Standing::Deferred,
-        Admission::Admitted if node.is_outdated(key) => Standing::Outdated,
         Admission::Admitted => Standing::Good,
     }
 }
@@ -214,7 +215,8 @@ impl<S> Shared<S> {
         let skipped = topology.sequence(errand.key);
         for node in skipped.take_while(|node| node.shared().id() != refuge.shared().id()) {
             if errand.operation.lasts() {
-                node.shared().passed_by(self.settings.failover_ttl);
+                let lifetime = self.settings.failover_ttl;
+                node.shared().left_elsewhere(errand.key, lifetime);
             }
             if let Some(key) = errand.written() {
                 node.shared().outdate(key, Reason::Outdated);
@@ -223,17 +225,29 @@ impl<S> Shared<S> {
         self.forget_behind(topology, errand, refuge);
     }
 
+    /// What has been written on a node that is not its key's home lives from now on.
+    pub(super) fn moved(&self, errand: Errand<'_>, to: &NodeShared) {
+        if errand.operation.lasts() {
+            let topology = self.topology.load();
+            let skipped = topology.sequence(errand.key);
+            for node in skipped.take_while(|node| node.shared().id() != to.id()) {
+                let lifetime = self.settings.failover_ttl;
+                node.shared().left_elsewhere(errand.key, lifetime);
+            }
+        }
+    }
+
     /// The nodes behind `node` on the key's way that may have answered for it lately: in the next
     /// outage they must not answer with what they got in the last one.
     fn forget_behind(&self, topology: &Topology<S>, errand: Errand<'_>, node: &Node<S>) {
-        if !errand.changes() || !node.shared().was_passed_by() {
+        if !errand.changes() || !node.shared().may_be_elsewhere(errand.key) {
             return;
         }
         let behind = topology.sequence(errand.key);
         let behind = behind.skip_while(|other| other.shared().id() != node.shared().id());
         for other in behind.skip(1) {
             other.shared().outdate(errand.key, Reason::Outdated);
-            if !other.shared().was_passed_by() {
+            if !other.shared().may_be_elsewhere(errand.key) {
                 break;
             }
         }

@@ -15,7 +15,7 @@ use tower::Service;
 use super::hedge::Hedge;
 use super::many::{Every, Many};
 use super::place::{Errand, Placed};
-use super::{After, Shared, Tries};
+use super::{After, Shared, Tries, shut_down};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::after;
 use crate::node::{Node, NodeFuture, Shared as NodeShared};
@@ -62,10 +62,11 @@ where
             let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
             return Self::settled(Err(error));
         };
-        let mut hedge = None;
+        let (mut hedge, mut moved) = (None, false);
         let first = shared.first(errand, |node, origin| {
             hedge = Hedge::new(shared, node, &request);
-            Attempt::new(node, shared.addressed(&request, origin))
+            moved = origin == Origin::Moved;
+            NodeFuture::new(node, shared.addressed(&request, origin))
         });
         let attempt = match first {
             Placed::At(attempt) => attempt,
@@ -75,6 +76,8 @@ where
             shared: shared.clone(),
             request,
             tries: Tries::default(),
+            wait: None,
+            moved,
             attempt,
             hedge,
         };
@@ -134,8 +137,11 @@ impl<S> Shared<S> {
         request
     }
 
-    /// The wait before `node` is asked again, after `delay` or else once it is back; not past the
-    /// deadline.
+    /// The wait before a request is placed again that failed at `node`: for `delay`, or else until
+    /// that is back; not past the deadline.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Overloaded`] if as many wait for it as may.
     pub(super) fn wait(
         &self,
         delay: Option<Duration>,
@@ -147,7 +153,7 @@ impl<S> Shared<S> {
         Ok(Wait {
             timer: self.spawner.sleep_until(due)?,
             back: delay.is_none().then(|| node.back()),
-            node: node.clone(),
+            place: Waiting::new(node)?,
         })
     }
 }
@@ -164,15 +170,34 @@ pin_project! {
         timer: Sleep,
         #[pin]
         back: Option<OwnedNotified>,
-        node: Arc<NodeShared>,
+        place: Waiting,
     }
 }
 
-impl Wait {
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+/// A place among those who wait for a node.
+struct Waiting(Arc<NodeShared>);
+
+impl Waiting {
+    fn new(node: &Arc<NodeShared>) -> Result<Self> {
+        node.wait()?;
+        Ok(Self(node.clone()))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.wait_ends();
+    }
+}
+
+impl Future for Wait {
+    /// Whether there is nothing to wait for any more: the client is shut down.
+    type Output = bool;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<bool> {
         let mut this = self.project();
         if let Some(back) = this.back.as_mut().as_pin_mut()
-            && (!this.node.is_open() || back.poll(cx).is_ready())
+            && (!this.place.0.is_open() || back.poll(cx).is_ready())
         {
             this.back.set(None);
             let now = Instant::now();
@@ -182,60 +207,7 @@ impl Wait {
                 .as_mut()
                 .reset(now + over.mul_f64(fastrand::f64()));
         }
-        this.timer.poll(cx)
-    }
-}
-
-pin_project! {
-    /// One attempt at one node, after a wait if it is a repeated one.
-    pub(super) struct Attempt<S>
-    where
-        S: Service<Request>,
-    {
-        #[pin]
-        wait: Option<Wait>,
-        #[pin]
-        future: NodeFuture<S>,
-    }
-}
-
-impl<S: Service<Request> + Clone> Attempt<S> {
-    pub(super) fn new(node: &Node<S>, request: Request) -> Self {
-        Self {
-            wait: None,
-            future: NodeFuture::new(node, request),
-        }
-    }
-
-    /// The same once more: after `wait`, at the same node.
-    pub(super) fn after(wait: Wait, node: &Node<S>, request: Request) -> Self {
-        Self {
-            wait: Some(wait),
-            ..Self::new(node, request)
-        }
-    }
-}
-
-impl<S: Service<Request>> Attempt<S> {
-    pub(super) fn node(&self) -> &Arc<NodeShared> {
-        self.future.node()
-    }
-}
-
-impl<S> Future for Attempt<S>
-where
-    S: Service<Request, Response = Response>,
-    S::Error: Into<BoxError>,
-{
-    type Output = Result<Response>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let mut this = self.project();
-        if let Some(wait) = this.wait.as_mut().as_pin_mut() {
-            ready!(wait.poll(cx));
-            this.wait.set(None);
-        }
-        this.future.poll(cx)
+        this.timer.poll(cx).map(|()| this.place.0.is_closed())
     }
 }
 
@@ -248,8 +220,13 @@ pin_project! {
         shared: Arc<Shared<S>>,
         request: Request,
         tries: Tries,
+        // Before the next attempt, which goes where the key belongs then.
         #[pin]
-        attempt: Attempt<S>,
+        wait: Option<Wait>,
+        // Whether that attempt is away from home.
+        moved: bool,
+        #[pin]
+        attempt: NodeFuture<S>,
         // A second attempt beside the first.
         hedge: Option<Pin<Box<Hedge<S>>>>,
     }
@@ -265,9 +242,36 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let mut this = self.project();
         let (shared, request) = (&*this.shared, &*this.request);
+        let Some(errand) = Errand::of(request) else {
+            let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
+            return Poll::Ready(Err(error));
+        };
         loop {
+            if let Some(wait) = this.wait.as_mut().as_pin_mut() {
+                let closed = ready!(wait.poll(cx));
+                this.wait.set(None);
+                if closed {
+                    return Poll::Ready(Err(shut_down().after_attempts(this.tries.sent)));
+                }
+                let again = |node: &Node<S>, origin| {
+                    *this.moved = origin == Origin::Moved;
+                    NodeFuture::new(node, shared.addressed(request, origin))
+                };
+                match shared.first(errand, again) {
+                    Placed::At(attempt) => this.attempt.set(attempt),
+                    Placed::Settled(outcome) => {
+                        let sent = this.tries.sent;
+                        return Poll::Ready(outcome.map_err(|error| error.after_attempts(sent)));
+                    }
+                }
+            }
             let error = match this.attempt.as_mut().poll(cx) {
-                Poll::Ready(Ok(response)) => return Poll::Ready(Ok(response)),
+                Poll::Ready(Ok(response)) => {
+                    if *this.moved {
+                        shared.moved(errand, this.attempt.node());
+                    }
+                    return Poll::Ready(Ok(response));
+                }
                 Poll::Ready(Err(error)) => error,
                 Poll::Pending => {
                     let hedge = this.hedge.as_mut();
@@ -288,35 +292,21 @@ where
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Poll::Ready(Err(error.after_attempts(this.tries.sent)));
             }
-            let Some(errand) = Errand::of(request) else {
-                return Poll::Ready(Err(error));
-            };
             let next = match shared.after(errand.operation, &failed_at, &error, this.tries) {
                 After::GiveUp => None,
                 After::Move { paid } => shared.next(errand, this.tries, paid, |node, origin| {
-                    Attempt::new(node, shared.addressed(request, origin))
+                    *this.moved = origin == Origin::Moved;
+                    NodeFuture::new(node, shared.addressed(request, origin))
                 }),
-                after @ (After::Repeat(_) | After::Await) => {
-                    let delay = match after {
-                        After::Repeat(delay) => Some(delay),
-                        _ => None,
-                    };
-                    let wait = match shared.wait(delay, &failed_at, deadline) {
-                        Ok(wait) => wait,
-                        Err(_) => return Poll::Ready(Err(error.after_attempts(this.tries.sent))),
-                    };
-                    let again = |node: &Node<S>, origin| {
-                        Attempt::after(wait, node, shared.addressed(request, origin))
-                    };
-                    match shared.first(errand, again) {
-                        Placed::At(attempt) => Some(attempt),
-                        Placed::Settled(outcome) => {
-                            let sent = this.tries.sent;
-                            let outcome = outcome.map_err(|error| error.after_attempts(sent));
-                            return Poll::Ready(outcome);
-                        }
+                After::Wait(delay) => match shared.wait(delay, &failed_at, deadline) {
+                    Ok(wait) => {
+                        this.wait.set(Some(wait));
+                        continue;
                     }
-                }
+                    Err(error) => {
+                        return Poll::Ready(Err(error.after_attempts(this.tries.sent)));
+                    }
+                },
             };
             match next {
                 Some(next) => this.attempt.set(next),

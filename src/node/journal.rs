@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::error::{Error, ErrorKind};
 use crate::key::Key;
 
 /// How long after its first deletion a key in lasting doubt is deleted again.
@@ -29,23 +28,10 @@ pub(crate) const GRACE: Duration = Duration::from_secs(2);
 pub(crate) enum Reason {
     /// It was written elsewhere, or would have been; nothing has been written here.
     Outdated,
-    /// A write of it may have been executed, but will not be any more.
-    Lost,
     /// A write of it may still be executed.
     InDoubt,
     /// The same, but it will be told when that has an [end](Journal::lingered).
     Lingering,
-}
-
-impl Reason {
-    /// Of a write that ended with `error`, and may have been executed.
-    pub(crate) fn of(error: &Error) -> Self {
-        match error.kind() {
-            // The server has closed the connection itself, and reads nothing from it any more.
-            ErrorKind::ConnectionLost => Self::Lost,
-            _ => Self::InDoubt,
-        }
-    }
 }
 
 /// What came of an entry.
@@ -179,7 +165,7 @@ impl Journal {
                 match reason {
                     Reason::InDoubt => entry.again = Again::AfterGrace,
                     Reason::Lingering => entry.lingering += 1,
-                    Reason::Outdated | Reason::Lost => {}
+                    Reason::Outdated => {}
                 }
                 if let Some((None, _)) = entry.due {
                     return Recorded::In { wake: false };
@@ -194,7 +180,7 @@ impl Journal {
                     entered: generation,
                     generation,
                     again: match reason {
-                        Reason::Outdated | Reason::Lost | Reason::Lingering => Again::No,
+                        Reason::Outdated | Reason::Lingering => Again::No,
                         Reason::InDoubt => Again::AfterGrace,
                     },
                     due: None,
@@ -355,6 +341,24 @@ impl Journal {
         }
     }
 
+    /// The node is out: what it executes late it executes when it is back, so the grace of what is
+    /// in doubt begins anew.
+    pub(super) fn node_is_out(&self) {
+        let mut inner = self.lock();
+        let Inner { keys, .. } = &mut *inner;
+        let resting: Vec<Key> = keys
+            .iter_mut()
+            .filter(|(_, entry)| matches!(entry.again, Again::At(_)))
+            .map(|(key, entry)| {
+                entry.again = Again::AfterGrace;
+                key.clone()
+            })
+            .collect();
+        for key in resting {
+            inner.schedule(&key, None);
+        }
+    }
+
     pub(super) fn has_overflowed(&self) -> bool {
         self.lock().overflowed
     }
@@ -389,21 +393,6 @@ mod tests {
         let mut due = journal.take(9, now);
         assert_eq!(due.len(), 1);
         due.remove(0)
-    }
-
-    #[test]
-    fn an_error_says_whether_a_write_may_still_be_executed() {
-        let reason = |kind| Reason::of(&Error::new(kind, "").with_sent(crate::Sent::Maybe));
-        assert_eq!(reason(ErrorKind::ConnectionLost), Reason::Lost);
-        for kind in [
-            ErrorKind::Timeout,
-            ErrorKind::Unresponsive,
-            ErrorKind::Protocol,
-            ErrorKind::Shutdown,
-            ErrorKind::Layer,
-        ] {
-            assert_eq!(reason(kind), Reason::InDoubt, "{kind:?}");
-        }
     }
 
     #[test]
@@ -455,7 +444,9 @@ mod tests {
         journal.deleted(&take_one(&journal, at(0)), at(0));
         recorded(&journal, &second, Reason::InDoubt);
         journal.deleted(&take_one(&journal, at(10)), at(10));
-        recorded(&journal, &first, Reason::Lost);
+        recorded(&journal, &first, Reason::Lingering);
+        journal.deleted(&take_one(&journal, at(15)), at(15));
+        journal.lingered(&first, true);
         journal.deleted(&take_one(&journal, at(15)), at(15));
         assert_eq!(journal.due(at(15)), Some(at(20)));
         assert_eq!(keys_of(&journal.take(9, at(20))), [first]);
@@ -484,10 +475,6 @@ mod tests {
     fn a_write_says_nothing_of_what_came_after_it_or_may_still_come() {
         let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
         recorded(&journal, &key, Reason::Outdated);
-        let hold = journal.hold(&key).unwrap();
-        recorded(&journal, &key, Reason::Lost);
-        journal.release(&key, hold, true);
-        assert!(journal.holds(&key), "entered again after the write began");
         let hold = journal.hold(&key).unwrap();
         recorded(&journal, &key, Reason::InDoubt);
         journal.release(&key, hold, true);
@@ -572,11 +559,7 @@ mod tests {
 
     fn events() -> impl Strategy<Value = Vec<Event>> {
         let (key, any) = (0..=CAPACITY, any::<prop::sample::Index>);
-        let reason = prop_oneof![
-            Just(Reason::Outdated),
-            Just(Reason::Lost),
-            Just(Reason::InDoubt)
-        ];
+        let reason = prop_oneof![Just(Reason::Outdated), Just(Reason::InDoubt)];
         let event = prop_oneof![
             4 => (key.clone(), reason).prop_map(|(key, reason)| Event::Record(key, reason)),
             2 => key.prop_map(Event::Hold),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::future::{Either, join_all, select};
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::gate::{BreakerState, Progress};
 use super::probe::{Asker, CANARY_SIZE, canary, jittered};
@@ -28,8 +28,11 @@ const SOON: Duration = Duration::from_millis(100);
 /// Gauges are set this often.
 const LEVELS_EVERY: Duration = Duration::from_secs(1);
 
-/// Deletions sent at once.
+/// Deletions sent at once, at most.
 const DELETIONS: usize = 512;
+
+/// How often work that takes long looks whether anybody still wants it.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 pub(super) fn spawn(shared: &Arc<Shared>) -> Result<()> {
     let running = Running {
@@ -51,7 +54,9 @@ async fn keep(mut running: Running, wake: Arc<Notify>, mut in_use: watch::Receiv
             let Some(shared) = running.node.upgrade() else {
                 return;
             };
-            agenda.see_to(&shared).await;
+            if !unless_unused(&shared, agenda.see_to(&shared)).await {
+                return;
+            }
             agenda.due(&shared)
         };
         let unused = std::pin::pin!(in_use.changed());
@@ -60,6 +65,21 @@ async fn keep(mut running: Running, wake: Arc<Notify>, mut in_use: watch::Receiv
         let called = select(woken, due);
         if let Either::Left(_) = select(unused, called).await {
             return;
+        }
+    }
+}
+
+/// Does a round of work, unless nobody but us uses the node any more. Says whether it was done.
+async fn unless_unused(shared: &Arc<Shared>, work: impl Future<Output = ()>) -> bool {
+    let mut work = std::pin::pin!(work);
+    loop {
+        let look = std::pin::pin!(sleep(LOOK_EVERY));
+        match select(work.as_mut(), look).await {
+            Either::Left(_) => return true,
+            Either::Right(_) if Arc::strong_count(shared) == 1 || shared.is_closed() => {
+                return false;
+            }
+            Either::Right(_) => {}
         }
     }
 }
@@ -90,11 +110,12 @@ struct Agenda {
     delete_at: Instant,
     levels_at: Instant,
     remake_at: Instant,
-    /// How often the node had been ejected when this was last looked at, and since when it is out.
+    /// How often the node had been ejected when this was last looked at.
     ejections: u64,
-    out_since: Instant,
     /// Probes in a row that failed while the node took requests.
     failures: u32,
+    /// Of the process that was there when it was last well.
+    birth: Option<Birth>,
 }
 
 impl Agenda {
@@ -106,8 +127,8 @@ impl Agenda {
             levels_at: now,
             remake_at: after(now, REMADE_EVERY),
             ejections: 0,
-            out_since: now,
             failures: 0,
+            birth: None,
         }
     }
 
@@ -140,7 +161,6 @@ impl Agenda {
         if std::mem::replace(&mut self.ejections, ejections) != ejections {
             let wait = shared.gate.penalty().map_or(SOON, jittered);
             self.probe_at = after(now, wait);
-            self.out_since = now;
             self.failures = 0;
         }
         match shared.gate.state() {
@@ -170,7 +190,12 @@ impl Agenda {
     /// Probes a node that takes requests, over the connections that these use.
     async fn check(&mut self, shared: &Arc<Shared>) {
         match probe(shared, &shared.asker, shared.canary_size).await {
-            Probed::Ready => self.failures = 0,
+            Probed::Ready => {
+                self.failures = 0;
+                if self.birth.is_none() {
+                    self.birth = birth(shared).await.ok().flatten();
+                }
+            }
             Probed::Unknown => {}
             Probed::Failed(error) => {
                 self.failures += 1;
@@ -202,48 +227,68 @@ impl Agenda {
     }
 
     /// Removes from the node what is known to be old, and readmits it.
-    async fn bring_back(&self, shared: &Arc<Shared>) -> Result<()> {
+    async fn bring_back(&mut self, shared: &Arc<Shared>) -> Result<()> {
         // What broke while it was out is to be made anew, at once.
         if let Some(transport) = &shared.transport {
             transport.end_backoff();
         }
-        let policy = shared.settings.journal.overflow;
-        let overflowed = shared.journal.has_overflowed() && policy != JournalOverflow::Serve;
-        let flush = overflowed && policy == JournalOverflow::Flush;
-        if shared.flush_wanted() || flush {
-            within(shared, (shared.asker)(Request::new(Operation::FlushAll))).await?;
-            shared.flushed();
-        } else if overflowed {
-            if !self.restarted(shared).await? {
-                return Err(journal_overflowed());
+        // What enters while this goes on is not used until it has been seen to; but what there is
+        // no room for, and a flush, must have been seen to before.
+        loop {
+            if shared.forgets() || shared.flush_wanted() {
+                self.flush(shared).await?;
             }
-            shared.journal.flushed();
-        }
-        // What enters while this goes on is seen to afterwards: it is not used until then.
-        while delete_due(shared).await? == DELETIONS {}
-        if shared.forgets() {
-            return Err(journal_overflowed());
+            if delete_due(shared).await? < at_once(shared) && !shared.owes_a_flush() {
+                break;
+            }
         }
         shared.readmit();
-        // In between, and to a node that was still out.
-        if shared.forgets() {
+        self.birth = None;
+        // In between, when it was still out.
+        if shared.owes_a_flush() {
             shared.open(EjectionCause::Journal, &journal_overflowed());
         }
         Ok(())
     }
 
-    /// Whether the server's process is younger than the outage: then it holds nothing old.
-    async fn restarted(&self, shared: &Arc<Shared>) -> Result<bool> {
-        let asked = Instant::now();
-        let stats = within(shared, (shared.asker)(Request::new(Operation::Stats))).await?;
-        let Response::Stats(stats) = stats else {
-            return Ok(false);
-        };
-        let uptime = stats.get("uptime").and_then(|uptime| uptime.parse().ok());
-        // It counts in whole seconds, and its clock ticks once a second.
-        let oldest = uptime.map(|uptime: u64| Duration::from_secs(uptime.saturating_add(2)));
-        Ok(oldest.is_some_and(|oldest| asked.duration_since(self.out_since) > oldest))
+    /// Empties the node, if somebody has asked for that or we may do so on our own.
+    async fn flush(&self, shared: &Arc<Shared>) -> Result<()> {
+        let allowed = shared.settings.journal.overflow == JournalOverflow::Flush;
+        if !shared.flush_wanted() && !allowed {
+            if !self.restarted(shared).await? {
+                return Err(journal_overflowed());
+            }
+            shared.journal.flushed();
+            return Ok(());
+        }
+        shared.flush_begins();
+        let flushed = within(shared, (shared.asker)(Request::new(Operation::FlushAll))).await;
+        if flushed.is_err() {
+            shared.want_flush();
+        }
+        flushed.map(drop)
     }
+
+    /// Whether the server is another process than before the outage: then it holds nothing old.
+    async fn restarted(&self, shared: &Arc<Shared>) -> Result<bool> {
+        let now = birth(shared).await?;
+        Ok(matches!((&self.birth, now), (Some(before), Some(now)) if *before != now))
+    }
+}
+
+/// What tells one process of the server from another: its number and when it was started.
+type Birth = (String, u64);
+
+async fn birth(shared: &Arc<Shared>) -> Result<Option<Birth>> {
+    let stats = within(shared, (shared.asker)(Request::new(Operation::Stats))).await?;
+    let Response::Stats(stats) = stats else {
+        return Ok(None);
+    };
+    let number = |name| stats.get(name)?.parse::<u64>().ok();
+    let born = number("time")
+        .zip(number("uptime"))
+        .map(|(time, uptime)| time.saturating_sub(uptime));
+    Ok(stats.get("pid").cloned().zip(born))
 }
 
 pub(super) fn journal_overflowed() -> Error {
@@ -271,13 +316,20 @@ enum Probed {
     Unknown,
 }
 
+/// Our own lateness or shortage, or a server that has all the connections it can take.
+fn is_ours(error: &Error) -> bool {
+    match error.kind() {
+        ErrorKind::Overloaded => true,
+        ErrorKind::ConnectionFailed => error.charge() != Charge::Node,
+        _ => error.charge() == Charge::OurLateness,
+    }
+}
+
 async fn probe(shared: &Arc<Shared>, ask: &Asker, size: usize) -> Probed {
     let (within, began) = (shared.probe_within(), Instant::now());
     let probed = match timeout(within, canary(ask, &shared.canary, size)).await {
         Ok(Ok(())) => Probed::Ready,
-        Ok(Err(error)) if error.charge() == Charge::OurLateness || error.is_overloaded() => {
-            Probed::Unknown
-        }
+        Ok(Err(error)) if is_ours(&error) => Probed::Unknown,
         Ok(Err(error)) => Probed::Failed(error),
         Err(_) if began.elapsed() > within.saturating_add(LATE) => Probed::Unknown,
         Err(_) => Probed::Failed(Error::new(ErrorKind::Timeout, "the probe was not answered")),
@@ -290,9 +342,14 @@ async fn probe(shared: &Arc<Shared>, ask: &Asker, size: usize) -> Probed {
     probed
 }
 
+/// Not more than there is room for.
+fn at_once(shared: &Shared) -> usize {
+    DELETIONS.min(shared.settings.max_in_flight / 2).max(1)
+}
+
 /// Deletes what is due, a round of it, and says how much that was.
 async fn delete_due(shared: &Arc<Shared>) -> Result<usize> {
-    let deletions = shared.journal.take(DELETIONS, Instant::now());
+    let deletions = shared.journal.take(at_once(shared), Instant::now());
     let count = deletions.len();
     let deleting = deletions.iter().map(|deletion| {
         let key = deletion.key.clone();

@@ -20,6 +20,7 @@ mod gate_tests;
 mod journal;
 mod keeper;
 mod latency;
+mod leftovers;
 mod policy;
 mod probe;
 mod settings;
@@ -305,8 +306,10 @@ impl<S> Node<S> {
         self.shared.status()
     }
 
-    pub(crate) fn in_flight(&self) -> usize {
-        self.shared.in_flight.load(Ordering::Relaxed)
+    /// Requests at it, and those that wait for it.
+    pub(crate) fn under_way(&self) -> usize {
+        let in_flight = self.shared.in_flight.load(Ordering::Relaxed);
+        in_flight + self.shared.waiting.load(Ordering::Relaxed)
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

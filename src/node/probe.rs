@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Charge, Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::request::{Operation, Request, StoreMode};
 use crate::response::Response;
@@ -107,7 +107,8 @@ impl ProbeSettings {
 }
 
 pub(super) fn jittered(wait: Duration) -> Duration {
-    wait.mul_f64(0.8 + 0.4 * fastrand::f64())
+    let seconds = wait.as_secs_f64() * (0.8 + 0.4 * fastrand::f64());
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
 
 /// The key this client probes this node with; no two share one.
@@ -151,9 +152,9 @@ pub(super) async fn canary(ask: &Asker, key: &Key, size: usize) -> Result<()> {
     };
     match ask(Request::new(read)).await? {
         Response::Value(Some(read)) if written && *read == *value => Ok(()),
-        _ => Err(Error::new(
-            ErrorKind::Protocol,
-            "the canary was not read back as it was written",
-        )),
+        _ => {
+            let message = "the canary was not read back as it was written";
+            Err(Error::new(ErrorKind::Protocol, message).charged_to(Charge::Node))
+        }
     }
 }

@@ -1,7 +1,5 @@
 //! What all handles of one node share, and what its transport and its keeper tell of it.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::Hasher as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
@@ -16,6 +14,7 @@ use super::classifier::Verdict;
 use super::gate::{Admission, BreakerState, Gate, Moment};
 use super::journal::{Journal, Reason, Recorded};
 use super::latency::Latencies;
+use super::leftovers::Leftovers;
 use super::policy::{Policy, Trip};
 use super::probe::{self, Asker, CANARY_SIZE};
 use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, keeper};
@@ -46,15 +45,14 @@ pub(crate) struct Shared {
     pub(super) latencies: Latencies,
     pub(super) meters: NodeMeters,
     pub(super) in_flight: AtomicUsize,
+    /// Requests that wait for it to be back.
+    pub(super) waiting: AtomicUsize,
     /// What a request gets while the gate is shut.
     unavailable: ArcSwapOption<Error>,
     ejections: AtomicU64,
     changed_at: Mutex<SystemTime>,
     changes: OnceLock<watch::Sender<()>>,
-    /// Requests of its keys have gone past it to other nodes, and what they left there may live
-    /// until then: milliseconds after `began`.
-    passed_until: AtomicU64,
-    began: Instant,
+    leftovers: Leftovers,
     flush_wanted: AtomicBool,
     /// Asks it over the connections that requests use.
     pub(super) asker: Asker,
@@ -112,12 +110,12 @@ impl Shared {
             latencies: Latencies::default(),
             meters: NodeMeters::new(&name, &Verdict::OUTCOMES),
             in_flight: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
             unavailable: ArcSwapOption::empty(),
             ejections: AtomicU64::new(0),
             changed_at: Mutex::new(SystemTime::now()),
             changes: OnceLock::new(),
-            passed_until: AtomicU64::new(0),
-            began: Instant::now(),
+            leftovers: Leftovers::new(settings.journal.capacity),
             flush_wanted: AtomicBool::new(false),
             asker,
             fresh,
@@ -160,11 +158,7 @@ impl Shared {
 
     /// Whether a request for a key may go to it, as far as its breaker goes.
     pub(crate) fn admits(&self, key: &Key) -> Admission {
-        let share = || {
-            let mut hasher = DefaultHasher::new();
-            hasher.write(key.as_bytes());
-            hasher.finish() as f64 / u64::MAX as f64
-        };
+        let share = || key.fixed_hash() as f64 / u64::MAX as f64;
         self.gate.admits(share, Instant::now())
     }
 
@@ -196,20 +190,14 @@ impl Shared {
         !serves && self.journal.has_overflowed()
     }
 
-    /// Something of its keys has been left on another node, where it may live for `lifetime`.
-    pub(crate) fn passed_by(&self, lifetime: Duration) {
-        // Clocks that tick once a second, and the time that the request itself may take.
-        let until = self.began.elapsed() + lifetime + Duration::from_secs(5);
-        let until = u64::try_from(until.as_millis()).unwrap_or(u64::MAX);
-        self.passed_until.fetch_max(until, Ordering::AcqRel);
+    /// One of its keys is being written on another node, where it may live for `lifetime`.
+    pub(crate) fn left_elsewhere(&self, key: &Key, lifetime: Duration) {
+        self.leftovers.leave(key, lifetime);
     }
 
-    /// Whether something of its keys may be on another node.
-    pub(crate) fn was_passed_by(&self) -> bool {
-        match self.passed_until.load(Ordering::Acquire) {
-            0 => false,
-            until => self.began.elapsed().as_millis() < u128::from(until),
-        }
+    /// Whether another node may still have what it got of that key.
+    pub(crate) fn may_be_elsewhere(&self, key: &Key) -> bool {
+        self.leftovers.may_hold(key)
     }
 
     pub(crate) fn count(&self, event: Counted) {
@@ -223,6 +211,26 @@ impl Shared {
 
     pub(crate) fn connections(&self) -> usize {
         self.transport.as_ref().map_or(1, Pipelined::connections)
+    }
+
+    /// Takes a place among those who wait for it to be back.
+    pub(crate) fn wait(&self) -> Result<()> {
+        let before = self.waiting.fetch_add(1, Ordering::Relaxed);
+        if before >= self.settings.max_in_flight {
+            self.wait_ends();
+            let error = Error::new(ErrorKind::Overloaded, "as many wait for it as may");
+            return Err(error.at_node(&self.name));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wait_ends(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Ends the wait of all who wait for it.
+    pub(crate) fn call_back(&self) {
+        self.back.notify_waiters();
     }
 
     /// Ready once it is back, or closed.
@@ -304,6 +312,7 @@ impl Shared {
             return;
         }
         self.ejections.fetch_add(1, Ordering::AcqRel);
+        self.journal.node_is_out();
         self.meters.ejected(cause.name());
         self.changed();
         // What is on the way to it must not wait for it; nor will what it answers late be believed.
@@ -354,9 +363,23 @@ impl Shared {
         self.flush_wanted.load(Ordering::Acquire)
     }
 
-    pub(super) fn flushed(&self) {
+    pub(super) fn want_flush(&self) {
+        self.flush_wanted.store(true, Ordering::Release);
+    }
+
+    /// What comes before it is flushed is made up for; what comes after asks for another flush.
+    pub(super) fn flush_begins(&self) {
         self.flush_wanted.store(false, Ordering::Release);
         self.journal.flushed();
+    }
+
+    /// Whether it must be flushed before it may be asked.
+    pub(super) fn owes_a_flush(&self) -> bool {
+        self.forgets() || self.flush_wanted()
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// One keeper, started again should it ever die.
@@ -481,11 +504,11 @@ impl Shared {
         };
         let out = error.kind() == ErrorKind::NodeUnavailable;
         if asked.flush && out {
-            self.flush_wanted.store(true, Ordering::Release);
+            self.want_flush();
         }
         let Some(key) = &asked.written else { return };
         if error.sent() == Sent::Maybe {
-            self.outdate(key, Reason::of(error));
+            self.outdate(key, Reason::InDoubt);
         } else if out && !asked.refills {
             self.outdate(key, Reason::Outdated);
         }
@@ -501,7 +524,9 @@ impl Shared {
     }
 
     fn blame(self: &Arc<Self>, error: &Error, started: Instant, now: Instant) {
-        if self.gate.state() == BreakerState::Ramping {
+        // A connection that was lost says nothing about the node.
+        let lost = error.kind() == ErrorKind::ConnectionLost;
+        if !lost && self.gate.state() == BreakerState::Ramping {
             self.open(EjectionCause::Ramp, error);
             return;
         }
@@ -601,14 +626,10 @@ impl Observer for Watch {
                     shared.trip(trip, None);
                 }
             }
-            Event::InDoubt {
-                keys,
-                error,
-                lingers,
-            } => {
+            Event::InDoubt { keys, lingers } => {
                 let reason = match lingers {
                     true => Reason::Lingering,
-                    false => Reason::of(error),
+                    false => Reason::InDoubt,
                 };
                 for key in *keys {
                     shared.outdate(key, reason);

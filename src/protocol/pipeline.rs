@@ -423,13 +423,15 @@ impl<W> Pipeline<W> {
     }
 
     /// The caller is gone. A queued request will not be written; one in flight keeps its place.
-    /// Hands out its waiter, whose drop may run anything.
-    pub(crate) fn abandon(&mut self, ticket: Ticket) -> Option<W> {
+    /// Hands out its waiter, whose drop may run anything, and the key of a write in flight.
+    pub(crate) fn abandon(&mut self, ticket: Ticket) -> (Option<W>, Option<Key>) {
         let (waiter, index) = self.release(&ticket);
-        if let Some(index) = index {
-            self.requests[index].leave(false);
-        }
-        waiter
+        let written = index.and_then(|index| {
+            let entry = &mut self.requests[index];
+            entry.leave(false);
+            entry.written.as_deref().cloned()
+        });
+        (waiter, written)
     }
 
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome

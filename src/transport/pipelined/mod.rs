@@ -53,13 +53,9 @@ pub(crate) enum Event<'a> {
     /// So many of the requests [answered](Observer::answered), the first of them sent then, should
     /// have been sooner.
     Slow { requests: u32, sent_at: Instant },
-    /// Keys of writes that ended with that error, and may have been executed, or may still be.
-    /// `lingers`: the end of that doubt will be told.
-    InDoubt {
-        keys: &'a [Key],
-        error: &'a Error,
-        lingers: bool,
-    },
+    /// Keys of writes that may have been executed, or may still be. `lingers`: the end of that doubt
+    /// will be told.
+    InDoubt { keys: &'a [Key], lingers: bool },
     /// The end of a doubt that lingers: they will not be executed any more. Unless that is not
     /// `certain`, because it was not waited for any longer.
     DoubtEnds { keys: &'a [Key], certain: bool },

@@ -249,7 +249,6 @@ impl Node {
             let lingering = given_up.and_then(|stream| Lingering::new(self, &keys, stream));
             self.report(&Event::InDoubt {
                 keys: &keys,
-                error,
                 lingers: lingering.is_some(),
             });
             if let Some(lingering) = lingering {
@@ -617,9 +616,16 @@ impl Drop for Waiting {
         if let Some(ticket) = self.ticket.take() {
             let node = &self.pool.node;
             let mut state = node.slot(self.slot).lock();
-            let waker = state.pipeline.abandon(ticket);
+            let (waker, unanswered) = state.pipeline.abandon(ticket);
             drop(state);
             drop(waker);
+            // Over one connection a later write comes later; over another one it may not.
+            if let Some(key) = unanswered.filter(|_| node.slots.len() > 1) {
+                node.report(&Event::InDoubt {
+                    keys: &[key],
+                    lingers: false,
+                });
+            }
         }
     }
 }
