@@ -5,12 +5,14 @@
 mod deadlines;
 mod failure_modes;
 mod health;
+mod interleavings;
 mod layers;
 mod lifecycle;
 mod operations;
 mod real_memcached;
 mod sockets;
 mod staleness;
+mod storms;
 mod subtleties;
 mod support;
 mod wire_faults;
