@@ -204,6 +204,19 @@ impl NodeMeters {
         shown.set(value as f64);
     }
 
+    /// There is nothing to be shown any more.
+    pub(crate) fn clear(&self) {
+        for level in [
+            Level::InFlight,
+            Level::QueueDepth,
+            Level::Connections,
+            Level::BreakerState,
+            Level::JournalKeys,
+        ] {
+            self.set(level, 0);
+        }
+    }
+
     pub(crate) fn ejected(&self, cause: &'static str) {
         // Rare, and there are many causes.
         counter!(EJECTIONS, "node" => self.node.clone(), "cause" => cause).increment(1);

@@ -53,6 +53,9 @@ impl<'a> Verdict<'a> {
         }
     }
 
+    /// The [`outcome`](Self::outcome) of time-outs.
+    pub(super) const TIMEOUT: usize = 1;
+
     /// The names of [`outcome`](Self::outcome)'s labels.
     pub(super) const OUTCOMES: [&'static str; 6] = [
         "answered", "timeout", "failed", "refused", "dropped", "late",

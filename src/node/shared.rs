@@ -457,8 +457,14 @@ impl Shared {
         let verdict = Verdict::of(outcome);
         let elapsed = now.saturating_duration_since(started);
         let answered = matches!(verdict, Verdict::Answered).then_some(elapsed);
-        self.meters
-            .request(asked.operation, verdict.outcome(), answered);
+        let label = match outcome {
+            // Whoever is to blame for it.
+            Some(Err(error)) if error.is_timeout() && !matches!(verdict, Verdict::OurLateness) => {
+                Verdict::TIMEOUT
+            }
+            _ => verdict.outcome(),
+        };
+        self.meters.request(asked.operation, label, answered);
         self.remember(asked, outcome);
         match verdict {
             Verdict::Answered => {
@@ -579,6 +585,13 @@ impl Shared {
     }
 }
 
+impl Drop for Shared {
+    /// A gauge that nobody sets any more would show the last for ever.
+    fn drop(&mut self) {
+        self.meters.clear();
+    }
+}
+
 /// What the transport says of its connections.
 pub(super) struct Watch {
     pub(super) node: Weak<Shared>,
@@ -604,9 +617,13 @@ impl Observer for Watch {
                 failure,
                 error,
                 others_up,
+                untried,
                 most_dead,
             } => {
-                if failure.is_the_nodes() && (*others_up == 0 || *most_dead) {
+                // One thread of the server may hang alone: the next connection is another one's.
+                let untried = *untried && *failure != ConnectFailure::Refused;
+                let none_answers = *others_up == 0 && !untried;
+                if failure.is_the_nodes() && (none_answers || *most_dead) {
                     let cause = match failure {
                         ConnectFailure::Refused => EjectionCause::Refused,
                         _ => EjectionCause::ConnectFailed,

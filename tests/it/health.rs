@@ -9,11 +9,11 @@ use futures::StreamExt as _;
 use futures::future::join_all;
 use tokio::time::{Instant, sleep};
 use tower::{BoxError, Service as _, service_fn};
-use tower_memcached::testing::Admission;
+use tower_memcached::testing::{Admission, Flow, Proxy, Toxics};
 use tower_memcached::{
     Address, BreakerSettings, BreakerState, Client, Connecting, Connector, EjectionCause,
-    ErrorKind, Executor, FailureMode, Key, Node, NodeSettings, Operation, ProbeSettings, Request,
-    Response, SystemConnector, Ttl,
+    ErrorKind, Executor, FailureMode, JournalSettings, Key, Node, NodeSettings, Operation,
+    ProbeSettings, Request, Response, SystemConnector, Ttl,
 };
 
 use crate::support::{
@@ -92,6 +92,108 @@ async fn dials_that_fail_condemn_no_node_whose_connections_answer() {
         sleep(ms(5)).await;
     }
     assert!(answered > 10, "{answered}");
+}
+
+/// The first `good` connections go one way, all others another.
+struct Parted {
+    dialled: AtomicUsize,
+    good: usize,
+    others: Address,
+}
+
+impl Connector for Parted {
+    fn connect(&self, address: &Address) -> Connecting {
+        let nth = self.dialled.fetch_add(1, Ordering::Relaxed);
+        SystemConnector::new().connect(if nth < self.good {
+            address
+        } else {
+            &self.others
+        })
+    }
+}
+
+/// FAULTS 7: connections that hang, with those made in their place, are the node only if they are
+/// most of them.
+#[tokio::test]
+async fn a_node_is_out_when_most_of_its_connections_are_dead_and_not_before() {
+    for (good, out) in [(2, false), (1, true)] {
+        let server = server().await;
+        let well = Proxy::listen(server.address().unwrap()).await.unwrap();
+        let hangs = Proxy::listen(server.address().unwrap()).await.unwrap();
+        let client = Client::builder()
+            .nodes([well.address().to_string()])
+            .executor(Executor::current())
+            .connections(4)
+            .attempt_timeout(ms(100))
+            .timeout(ms(150))
+            .failure_mode(FailureMode::Cancel)
+            // Only what connections do counts here.
+            .breaker(
+                BreakerSettings::default()
+                    .failure_rate(101)
+                    .slow_call_rate(101),
+            )
+            .probe(ProbeSettings::default().initial_delay(ms(60_000)))
+            .connector(Parted {
+                dialled: AtomicUsize::new(0),
+                good,
+                others: hangs.address().to_string().parse().unwrap(),
+            })
+            .build()
+            .unwrap();
+        while client.nodes()[0].connections < 4 {
+            client.get("k").await.unwrap();
+        }
+        hangs.set(Flow::Both, Toxics::new().blackhole());
+        let until = Instant::now() + ms(if out { 20_000 } else { 3_000 });
+        while Instant::now() < until && state(&client, 0) == BreakerState::Closed {
+            let _ = join_all((0..8).map(|_| client.get("k"))).await;
+        }
+        assert_eq!(
+            state(&client, 0) != BreakerState::Closed,
+            out,
+            "{good} of 4 are well"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_opens_lets_go_of_all_that_is_on_its_way_to_it() {
+    let server = server().await;
+    let client = patient(std::slice::from_ref(&server))
+        .connections(2)
+        .attempt_timeout(ms(30_000))
+        .timeout(ms(30_000))
+        .failure_mode(FailureMode::Cancel)
+        // The first doubt is one too many.
+        .journal(JournalSettings::default().capacity(0))
+        .build()
+        .unwrap();
+    for _ in 0..4 {
+        client.get("k").await.unwrap();
+    }
+    server.stall();
+    let waiting: Vec<_> = (0..10)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { client.get("k").await })
+        })
+        .collect();
+    eventually("they are under way", || client.nodes()[0].in_flight == 10).await;
+    sleep(ms(50)).await;
+    let dropped = tokio::time::timeout(ms(50), client.set("k", "v", Ttl::NEVER));
+    assert!(dropped.await.is_err());
+    let began = Instant::now();
+    for waiter in waiting {
+        let error = waiter.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NodeUnavailable, "{error}");
+    }
+    assert!(began.elapsed() < ms(10_000), "{:?}", began.elapsed());
+    assert_eq!(client.nodes()[0].cause, Some(EjectionCause::Journal));
+    eventually("its connections are closed", || {
+        client.nodes()[0].connections == 0
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]

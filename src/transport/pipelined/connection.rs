@@ -88,6 +88,7 @@ async fn run(guard: Guard) {
                     failure,
                     error: &error,
                     others_up: node.up(),
+                    untried: node.has_untried(),
                     most_dead: node.most_dead(),
                 });
                 error

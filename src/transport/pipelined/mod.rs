@@ -40,11 +40,13 @@ use crate::response::Response;
 /// What happened to a node's connections, for whoever judges the node.
 #[derive(Debug)]
 pub(crate) enum Event<'a> {
-    /// Connecting failed, while so many other connections of the node are up.
+    /// Connecting failed, while so many other connections of the node are up, and others have yet
+    /// to be tried or not.
     ConnectFailed {
         failure: ConnectFailure,
         error: &'a Error,
         others_up: usize,
+        untried: bool,
         most_dead: bool,
     },
     /// A connection was closed because it did not answer. `most_dead`: most of the node's

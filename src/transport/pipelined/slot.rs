@@ -199,6 +199,13 @@ impl Node {
         }
     }
 
+    /// Whether there is a slot that nobody has tried to connect since there was a reason to.
+    pub(super) fn has_untried(&self) -> bool {
+        self.slots
+            .iter()
+            .any(|slot| matches!(slot.lock().phase, Phase::Unstarted | Phase::Idle))
+    }
+
     pub(super) fn most_dead(&self) -> bool {
         self.dead.load(Ordering::Relaxed) * 2 > self.slots.len()
     }
@@ -335,6 +342,7 @@ impl Pool {
     pub(super) fn end_backoff(&self) {
         for slot in &self.node.slots {
             let mut state = slot.lock();
+            self.node.set_dead(&mut state, false);
             if let Phase::Broken { .. } = state.phase {
                 state.phase = Phase::Idle;
             }
