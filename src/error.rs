@@ -30,7 +30,9 @@ pub enum ErrorKind {
     /// The attempt's time or the operation's deadline ran out.
     Timeout,
     /// The node's circuit breaker is open, and the request is not moved: the failure mode or the
-    /// operation forbids it, or more than half of the nodes are out. Nothing was sent.
+    /// operation forbids it, or more nodes are out than others may stand in for. Or what the node has
+    /// for the key is old and being deleted. What was on its way when the breaker opened may have been
+    /// executed ([`Error::sent`]); otherwise nothing was sent.
     NodeUnavailable,
     /// A bound of our own is reached: a queue or an in-flight limit. Nothing was sent.
     Overloaded,

@@ -90,6 +90,16 @@ fn standing<S>(node: &Node<S>, key: &Key) -> Standing {
     }
 }
 
+/// The nodes before `node` on a key's way round the ring.
+fn before<'a, S>(
+    topology: &'a Topology<S>,
+    key: &'a Key,
+    node: &'a NodeShared,
+) -> impl Iterator<Item = &'a Node<S>> {
+    let sequence = topology.sequence(key);
+    sequence.take_while(|other| other.shared().id() != node.id())
+}
+
 impl<S> Shared<S> {
     /// Hands the node that a new request for `key` goes to, and as whose request, to `start`.
     pub(super) fn first<T>(
@@ -212,13 +222,9 @@ impl<S> Shared<S> {
     /// What is done before a request goes to a node that is not its key's home.
     fn move_to(&self, topology: &Topology<S>, errand: Errand<'_>, refuge: &Node<S>) {
         topology.home(errand.key).shared().count(Event::Failover);
-        let skipped = topology.sequence(errand.key);
-        for node in skipped.take_while(|node| node.shared().id() != refuge.shared().id()) {
-            if errand.operation.lasts() {
-                let lifetime = self.settings.failover_ttl;
-                node.shared().left_elsewhere(errand.key, lifetime);
-            }
-            if let Some(key) = errand.written() {
+        self.leave_at(topology, errand, refuge.shared());
+        if let Some(key) = errand.written() {
+            for node in before(topology, key, refuge.shared()) {
                 node.shared().outdate(key, Reason::Outdated);
             }
         }
@@ -227,10 +233,13 @@ impl<S> Shared<S> {
 
     /// What has been written on a node that is not its key's home lives from now on.
     pub(super) fn moved(&self, errand: Errand<'_>, to: &NodeShared) {
+        self.leave_at(&self.topology.load(), errand, to);
+    }
+
+    /// The nodes that a request has gone past remember that something of its key is at `to`.
+    fn leave_at(&self, topology: &Topology<S>, errand: Errand<'_>, to: &NodeShared) {
         if errand.operation.lasts() {
-            let topology = self.topology.load();
-            let skipped = topology.sequence(errand.key);
-            for node in skipped.take_while(|node| node.shared().id() != to.id()) {
+            for node in before(topology, errand.key, to) {
                 let lifetime = self.settings.failover_ttl;
                 node.shared().left_elsewhere(errand.key, lifetime);
             }

@@ -64,8 +64,10 @@ where
         };
         let (mut hedge, mut moved) = (None, false);
         let first = shared.first(errand, |node, origin| {
-            hedge = Hedge::new(shared, node, &request);
             moved = origin == Origin::Moved;
+            if !moved {
+                hedge = Hedge::new(shared, node, &request);
+            }
             NodeFuture::new(node, shared.addressed(&request, origin))
         });
         let attempt = match first {

@@ -204,7 +204,7 @@ impl Shared {
         self.meters.count(event);
     }
 
-    /// The median's big brother: how long 95 % of gets take at most.
+    /// How long 95 % of its answers took at most, lately; `None` until enough is known.
     pub(crate) fn p95(&self) -> Option<Duration> {
         self.latencies.p95()
     }
@@ -352,7 +352,7 @@ impl Shared {
     pub(super) fn readmit(&self) {
         self.policy.reset();
         if self.gate.readmit(Instant::now()) {
-            self.back.notify_waiters();
+            self.call_back();
             self.meters.count(Counted::Readmission);
             self.changed();
         }
@@ -400,7 +400,7 @@ impl Shared {
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.in_use.send_replace(());
-        self.back.notify_waiters();
+        self.call_back();
         if let Some(transport) = &self.transport {
             transport.close();
         }
@@ -531,17 +531,16 @@ impl Shared {
 
     fn blame(self: &Arc<Self>, error: &Error, started: Instant, now: Instant) {
         // A connection that was lost says nothing about the node.
-        let lost = error.kind() == ErrorKind::ConnectionLost;
-        if !lost && self.gate.state() == BreakerState::Ramping {
+        if error.kind() != ErrorKind::ConnectionLost && self.gate.state() == BreakerState::Ramping {
             self.open(EjectionCause::Ramp, error);
             return;
         }
         // Our transport reports these by itself; whatever else is below cannot.
-        let lost = matches!(
+        let unreachable = matches!(
             error.kind(),
             ErrorKind::ConnectionFailed | ErrorKind::Unresponsive
         );
-        if self.transport.is_none() && lost {
+        if self.transport.is_none() && unreachable {
             self.open(EjectionCause::of_lost(error.kind()), error);
             return;
         }
