@@ -10,8 +10,8 @@ use tokio::time::Instant;
 use crate::error::{Charge, Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::protocol::{Batch, Limits, Parser, Pipeline, Ticket};
-use crate::request::{Direction, Operation, StoreMode};
-use crate::response::Response;
+use crate::request::{Direction, LeaseTerms, Operation, StoreMode};
+use crate::response::{Found, Response};
 use crate::ttl::Ttl;
 
 pub use crate::testing::fuzz_server_parser as server_parser;
@@ -118,6 +118,10 @@ fn settled(pipeline: &mut Pipeline<usize>, ticket: &Ticket) -> Result<Response> 
 fn check(outcome: Result<Response>, replies: &[u8]) {
     let values = match outcome {
         Ok(Response::Value(Some(value))) => vec![value],
+        Ok(Response::Found(lookup)) => match lookup.found {
+            Found::Value { value, .. } => vec![value],
+            Found::Nothing | Found::Absent { .. } => return,
+        },
         Ok(Response::Values(outcomes)) => outcomes
             .into_iter()
             .filter_map(|outcome| outcome.ok().flatten())
@@ -170,6 +174,10 @@ fn operation(byte: u8) -> Operation {
         8 => Operation::Version,
         9 => Operation::FlushAll,
         10 => Operation::Stats,
+        _ if byte & 16 != 0 => Operation::Lookup {
+            key: key(),
+            lease: (byte & 32 != 0).then(|| LeaseTerms::new(Duration::from_secs(2))),
+        },
         _ => Operation::GetAndTouch {
             key: key(),
             ttl: Ttl::secs(1),

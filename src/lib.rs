@@ -88,8 +88,8 @@ pub use node::{
 };
 pub use protocol::{MINIMUM_VERSION, Violation};
 pub use read_through::{Loader, ReadThrough, ReadThroughLayer};
-pub use request::{Direction, Operation, Request, StoreMode};
-pub use response::{CasOutcome, NodeResult, Response};
+pub use request::{Direction, LeaseTerms, Operation, Request, StoreMode};
+pub use response::{CasOutcome, Found, LeaseState, Lookup, NodeResult, Response};
 pub use transport::{
     Address, BoxStream, ByteStream, Connecting, Connector, Pipelined, PipelinedFuture,
     PipelinedSettings, SystemConnector,

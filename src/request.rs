@@ -1,13 +1,14 @@
 //! What flows down the stack of layers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 use tower::{Service, ServiceExt as _};
 
 use crate::error::{BoxError, Error, Result};
 use crate::key::Key;
-use crate::response::Response;
+use crate::response::{Lookup, Response};
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload};
 
@@ -27,6 +28,15 @@ pub enum Operation {
     GetMany {
         /// Which.
         keys: Arc<[Key]>,
+    },
+    /// Read a value with all that a [read-through](crate::read_through) has to know of it, and take
+    /// the lease on it if there is one to be had; answered with
+    /// [`Response::Found`](crate::Response::Found).
+    Lookup {
+        /// Which.
+        key: Key,
+        /// On what terms; `None` only reads.
+        lease: Option<LeaseTerms>,
     },
     /// Read a value and give it a new TTL; answered with
     /// [`Response::Value`](crate::Response::Value).
@@ -89,6 +99,35 @@ pub enum Operation {
     Stats,
 }
 
+/// What a lease is asked for with: the right, and with it the duty, to load a value, which only one
+/// of all clients of a memcached gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct LeaseTerms {
+    /// For how long nobody else gets it if there is no value; whole seconds, rounded up.
+    pub duration: Duration,
+    /// A value that has less than this left is to be loaded anew; whole seconds, rounded up.
+    pub recache: Duration,
+}
+
+impl LeaseTerms {
+    /// A lease of that duration on what is not there.
+    #[must_use]
+    pub fn new(duration: Duration) -> Self {
+        Self {
+            duration,
+            recache: Duration::ZERO,
+        }
+    }
+
+    /// Also on a value that has less than this left.
+    #[must_use]
+    pub fn recache(mut self, left: Duration) -> Self {
+        self.recache = left;
+        self
+    }
+}
+
 /// How a value is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoreMode {
@@ -119,6 +158,7 @@ impl Operation {
     pub fn key(&self) -> Option<&Key> {
         match self {
             Self::Get { key, .. }
+            | Self::Lookup { key, .. }
             | Self::GetAndTouch { key, .. }
             | Self::Store { key, .. }
             | Self::CompareAndSwap { key, .. }
@@ -137,6 +177,8 @@ impl Operation {
                 with_cas: false, ..
             } => "get",
             Self::Get { with_cas: true, .. } => "gets",
+            Self::Lookup { lease: None, .. } => "lookup",
+            Self::Lookup { lease: Some(_), .. } => "lease",
             Self::GetMany { .. } => "get_many",
             Self::GetAndTouch { .. } => "get_and_touch",
             Self::Store { mode, .. } => match mode {
@@ -164,12 +206,14 @@ impl Operation {
     }
 
     /// Whether it may be sent to another node, or again, after an attempt whose outcome is
-    /// unknown: get, gets, get_many, get_and_touch, set, replace, delete and touch. Never add (it
-    /// must not succeed beside an original that it cannot see), append, prepend, counters or cas.
+    /// unknown: get, gets, get_many, lookup, lease, get_and_touch, set, replace, delete and touch.
+    /// Never add (it must not succeed beside an original that it cannot see), append, prepend,
+    /// counters or cas.
     #[must_use]
     pub fn is_movable(&self) -> bool {
         match self {
             Self::Get { .. }
+            | Self::Lookup { .. }
             | Self::GetMany { .. }
             | Self::GetAndTouch { .. }
             | Self::Delete { .. }
@@ -196,12 +240,14 @@ impl Operation {
         }
     }
 
-    /// Whether it reads a value, so that a miss answers it.
-    pub(crate) fn is_read(&self) -> bool {
-        matches!(
-            self,
-            Self::Get { .. } | Self::GetMany { .. } | Self::GetAndTouch { .. }
-        )
+    /// The answer that there is nothing, if it reads a value.
+    pub(crate) fn miss(&self) -> Option<Response> {
+        match self {
+            Self::Get { .. } | Self::GetAndTouch { .. } => Some(Response::Value(None)),
+            Self::Lookup { .. } => Some(Response::Found(Lookup::NOTHING)),
+            Self::GetMany { keys } => Some(Response::Values(vec![Ok(None); keys.len()])),
+            _ => None,
+        }
     }
 
     /// Whether it is an add.
@@ -227,7 +273,10 @@ impl Operation {
     pub(crate) fn lasts(&self) -> bool {
         matches!(
             self,
-            Self::Store { .. } | Self::Touch { .. } | Self::GetAndTouch { .. }
+            Self::Store { .. }
+                | Self::Touch { .. }
+                | Self::GetAndTouch { .. }
+                | Self::Lookup { lease: Some(_), .. }
         )
     }
 
@@ -250,9 +299,11 @@ impl Operation {
     }
 
     /// What [`name`](Self::name) may say.
-    pub(crate) const NAMES: [&'static str; 17] = [
+    pub(crate) const NAMES: [&'static str; 19] = [
         "get",
         "gets",
+        "lookup",
+        "lease",
         "get_many",
         "get_and_touch",
         "set",
@@ -271,13 +322,17 @@ impl Operation {
     ];
 
     /// Caps the TTL it sets, if it sets one.
-    pub(crate) fn cap_ttl(&mut self, limit: std::time::Duration) {
+    pub(crate) fn cap_ttl(&mut self, limit: Duration) {
         match self {
             Self::Store { ttl, .. }
             | Self::GetAndTouch { ttl, .. }
             | Self::Touch { ttl, .. }
             | Self::CompareAndSwap { ttl, .. } => *ttl = ttl.at_most(limit),
+            Self::Lookup {
+                lease: Some(terms), ..
+            } => terms.duration = terms.duration.min(limit),
             Self::Get { .. }
+            | Self::Lookup { lease: None, .. }
             | Self::GetMany { .. }
             | Self::Delete { .. }
             | Self::Arithmetic { .. }
@@ -437,6 +492,10 @@ mod tests {
             Operation::GetAndTouch {
                 key: key.clone(),
                 ttl: Ttl::NEVER,
+            },
+            Operation::Lookup {
+                key: key.clone(),
+                lease: Some(LeaseTerms::new(Duration::from_secs(2))),
             },
             store(StoreMode::Set),
             store(StoreMode::Replace),

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::value::Value;
+use crate::value::{CasToken, Value};
 
 /// The answer to a [`Request`](crate::Request); which variant is fixed by the operation.
 #[derive(Clone, Debug)]
@@ -12,6 +13,8 @@ use crate::value::Value;
 pub enum Response {
     /// To `Get` and `GetAndTouch`: the value, or `None` for a miss.
     Value(Option<Value>),
+    /// To `Lookup`.
+    Found(Lookup),
     /// To `GetMany`: one outcome for each key, in the order of the keys.
     Values(Vec<Result<Option<Value>>>),
     /// To `Store`: whether the condition held and the value is stored.
@@ -32,6 +35,69 @@ pub enum Response {
     Stats(BTreeMap<String, String>),
     /// To `Version`, `FlushAll` and `Stats` from a cluster: each node's own answer.
     Nodes(Vec<NodeResult<Self>>),
+}
+
+/// What a node has under a key, for a [read-through](crate::read_through).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lookup {
+    /// What is there.
+    pub found: Found,
+    /// The version of whatever is there, be it a value or the placeholder of somebody's lease. What
+    /// is loaded after this was read may be written with it: if anybody has written or deleted the
+    /// key meanwhile, it no longer fits.
+    pub token: Option<CasToken>,
+    /// Whose the lease is.
+    pub lease: LeaseState,
+}
+
+/// What a [`Lookup`] found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Found {
+    /// No value: it was never stored, is gone, or was marked as outdated by another client.
+    Nothing,
+    /// It is known that there is no such thing in the database.
+    Absent {
+        /// For how long that is known still; `None` is for ever.
+        left: Option<Duration>,
+    },
+    /// A value.
+    Value {
+        /// The value.
+        value: Value,
+        /// The TTL that is left to it, within a second; `None` is for ever.
+        left: Option<Duration>,
+    },
+}
+
+/// Who loads what is not there, or old.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LeaseState {
+    /// Nobody has been asked to.
+    Free,
+    /// Whoever got this answer.
+    Won,
+    /// Somebody else, who was told before.
+    Taken,
+}
+
+impl Lookup {
+    pub(crate) const NOTHING: Self = Self {
+        found: Found::Nothing,
+        token: None,
+        lease: LeaseState::Free,
+    };
+
+    /// An answer made by hand, for services and tests.
+    #[must_use]
+    pub fn new(found: Found, token: Option<CasToken>, lease: LeaseState) -> Self {
+        Self {
+            found,
+            token,
+            lease,
+        }
+    }
 }
 
 /// What one node answered.
@@ -67,6 +133,7 @@ impl Response {
         match self {
             Self::Value(_) => "Value",
             Self::Values(_) => "Values",
+            Self::Found(_) => "Found",
             Self::Stored(_) => "Stored",
             Self::Swapped(_) => "Swapped",
             Self::Deleted(_) => "Deleted",

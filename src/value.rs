@@ -142,6 +142,14 @@ impl Payload {
     }
 }
 
+impl Payload {
+    /// Says that the database has nothing under this key. Reads take it for a miss; only a
+    /// [read-through](crate::read_through) tells it from one.
+    pub(crate) fn absent() -> Self {
+        Self::from(Bytes::from_static(ABSENT)).with_flags(ABSENT_FLAGS)
+    }
+}
+
 impl From<Bytes> for Payload {
     fn from(data: Bytes) -> Self {
         Self { data, flags: 0 }
@@ -204,6 +212,12 @@ impl From<Payload> for Value {
         Self::new(payload.data, payload.flags)
     }
 }
+
+/// What is stored in place of a value that the database does not have: `Payload::absent`.
+pub(crate) const ABSENT: &[u8] = b"tower-memcached: absent";
+
+/// Its client flags, "NONE" in ASCII. It takes both to be taken for one.
+pub(crate) const ABSENT_FLAGS: u32 = 0x4e4f_4e45;
 
 /// Identifies a version of a value *at one node, as of one moment*.
 ///

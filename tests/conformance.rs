@@ -1202,6 +1202,34 @@ async fn leases_and_stale_items() {
             ],
         ),
         case(
+            "a lease, as a read-through takes, fills, loses and gives it up",
+            &[
+                "mg a v f c t N2 R5 O1\r\n",
+                "mg a v f c t N2 R5 O2\r\n",
+                "ms a 1 T60 C0 O3\r\nx\r\n",
+                "mg b v f c t N2 O4\r\n",
+                "md b O5\r\n",
+                "ms b 1 T60 C1 O6\r\nx\r\n",
+                "mg b v f c t O7\r\n",
+                "set c 0 0 1\r\nv\r\n",
+                "mg c v f c t N2 R5 O8\r\n",
+                "touch c 3\r\n",
+                "mg c v f c t N2 R5 O9\r\n",
+                "mg c v f c t N2 R5 O10\r\n",
+                "mg c v f c t O11\r\n",
+            ],
+        ),
+        case(
+            "a lease is given up by a value that has expired",
+            &[
+                "mg a v f c t N20 O1\r\n",
+                "ms a 0 T-1 C1 O2\r\n\r\n",
+                "ms a 0 T-1 C2 O2\r\n\r\n",
+                "mg a v f c t O3\r\n",
+                "mg a v f c t N20 O4\r\n",
+            ],
+        ),
+        case(
             "stale and recache",
             &[
                 "ms a 1 T20\r\nx\r\n",

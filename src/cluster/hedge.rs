@@ -46,7 +46,10 @@ impl<S: Service<Request> + Clone> Hedge<S> {
         node: &Node<S>,
         request: &Request,
     ) -> Option<Pin<Box<Self>>> {
-        let reads = matches!(request.operation(), Operation::Get { .. });
+        let reads = matches!(
+            request.operation(),
+            Operation::Get { .. } | Operation::Lookup { lease: None, .. }
+        );
         if !shared.settings.hedged_gets || !reads || node.shared().connections() < 2 {
             return None;
         }

@@ -53,6 +53,17 @@ impl<'a> Errand<'a> {
         }
     }
 
+    /// Whether another node than its home may do it. What was loaded goes where a lookup would go;
+    /// if that is not the node whose token it has, it is refused there.
+    fn is_movable(&self) -> bool {
+        self.operation.is_movable() || self.refills
+    }
+
+    /// Whether what it does leaves something behind that has a TTL.
+    fn lasts(&self) -> bool {
+        self.operation.lasts() || self.refills
+    }
+
     /// The key, if an older value of it must not be read after this.
     fn written(&self) -> Option<&'a Key> {
         self.operation.written().filter(|_| !self.refills)
@@ -122,7 +133,7 @@ impl<S> Shared<S> {
             .then(|| self.refuge(&topology, errand, &[]))
             .flatten();
         if let Some(refuge) = refuge
-            && errand.operation.is_movable()
+            && errand.is_movable()
         {
             self.move_to(&topology, errand, refuge);
             return Placed::At(start(refuge, Origin::Moved));
@@ -131,8 +142,13 @@ impl<S> Shared<S> {
             let error = Error::new(ErrorKind::NodeUnavailable, why);
             Placed::Settled(Err(error.at_node(home.name())))
         };
+        if standing == Standing::Outdated
+            && let Some(miss) = errand.operation.miss()
+        {
+            return Placed::Settled(Ok(miss));
+        }
         match standing {
-            Standing::Out if too_many && errand.operation.is_movable() => {
+            Standing::Out if too_many && errand.is_movable() => {
                 self.forget_everywhere(&topology, errand);
                 unavailable("it is out, and more nodes are than others may stand in for")
             }
@@ -144,9 +160,6 @@ impl<S> Shared<S> {
             // It must not succeed beside an original that it cannot see.
             Standing::Deferred if refuge.is_some() && errand.operation.is_add() => {
                 unavailable("it is back, but not yet for this key")
-            }
-            Standing::Outdated if errand.operation.is_read() => {
-                Placed::Settled(Ok(Response::Value(None)))
             }
             // The value that it is to take the place of is as good as gone.
             Standing::Outdated if errand.operation.is_swap() => {
@@ -238,7 +251,7 @@ impl<S> Shared<S> {
 
     /// The nodes that a request has gone past remember that something of its key is at `to`.
     fn leave_at(&self, topology: &Topology<S>, errand: Errand<'_>, to: &NodeShared) {
-        if errand.operation.lasts() {
+        if errand.lasts() {
             for node in before(topology, errand.key, to) {
                 let lifetime = self.settings.failover_ttl;
                 node.shared().left_elsewhere(errand.key, lifetime);

@@ -186,6 +186,7 @@ impl<S> Group<S> {
         }
         match request.operation_mut() {
             Operation::Get { key, .. }
+            | Operation::Lookup { key, .. }
             | Operation::GetAndTouch { key, .. }
             | Operation::Store { key, .. }
             | Operation::CompareAndSwap { key, .. }

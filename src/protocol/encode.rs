@@ -1,5 +1,7 @@
 //! Operations to bytes.
 
+use std::time::Duration;
+
 use bytes::{BufMut as _, Bytes, BytesMut};
 
 use crate::key::Key;
@@ -22,6 +24,17 @@ pub(crate) fn encode(operation: &Operation, opaque: u32, out: &mut BytesMut) -> 
         Operation::Get { key, with_cas } => {
             let mut line = Line::start(out, b"mg ", key);
             line.flags(if *with_cas { b" v f c" } else { b" v f" });
+            line.end(opaque, key);
+        }
+        Operation::Lookup { key, lease } => {
+            let mut line = Line::start(out, b"mg ", key);
+            line.flags(b" v f c t");
+            if let Some(terms) = lease {
+                line.seconds(b" N", terms.duration);
+                if !terms.recache.is_zero() {
+                    line.seconds(b" R", terms.recache);
+                }
+            }
             line.end(opaque, key);
         }
         Operation::GetMany { keys } => {
@@ -138,6 +151,11 @@ impl<'a> Line<'a> {
     fn ttl(&mut self, ttl: Ttl) {
         // Without T an item lives for ever; with `mg`, T0 is how that is said.
         self.number(b" T", ttl.wire());
+    }
+
+    /// A duration, as a TTL says it.
+    fn seconds(&mut self, flag: &[u8], duration: Duration) {
+        self.number(flag, Ttl::from(duration).wire().max(1));
     }
 
     fn payload_length(&mut self, payload: &Payload) {

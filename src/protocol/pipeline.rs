@@ -26,8 +26,8 @@ use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::executor::after;
 use crate::key::Key;
 use crate::request::Operation;
-use crate::response::{CasOutcome, Response};
-use crate::value::{CasToken, Value};
+use crate::response::{CasOutcome, Found, LeaseState, Lookup, Response};
+use crate::value::{ABSENT, ABSENT_FLAGS, CasToken, Value};
 
 /// More counters than any memcached reports.
 const MAX_STATS: usize = 4096;
@@ -214,6 +214,7 @@ struct Entry {
 #[derive(Debug)]
 enum Expect {
     Value { with_cas: bool },
+    Found,
     Values(Box<Batched>),
     Stored,
     Swapped { newest_allowed: u32 },
@@ -241,6 +242,7 @@ impl Expect {
                 with_cas: *with_cas,
             },
             Operation::GetAndTouch { .. } => Self::Value { with_cas: false },
+            Operation::Lookup { .. } => Self::Found,
             Operation::GetMany { keys } => Self::Values(Box::new(Batched {
                 count: keys.len(),
                 settled: 0,
@@ -261,7 +263,7 @@ impl Expect {
 
     fn name(&self) -> &'static str {
         match self {
-            Self::Value { .. } => "a read",
+            Self::Value { .. } | Self::Found => "a read",
             Self::Values(_) => "a multi-key read",
             Self::Stored | Self::Swapped { .. } => "a write",
             Self::Deleted => "a delete",
@@ -798,6 +800,16 @@ fn answer(
                 code: Code::Miss, ..
             },
         ) => Response::Value(None),
+        (Expect::Found, Reply::Value { header, data }) => {
+            let token = header.cas.map(|unique| CasToken { unique, ..token });
+            Response::Found(lookup(header, data, token))
+        }
+        (
+            Expect::Found,
+            Reply::Code {
+                code: Code::Miss, ..
+            },
+        ) => Response::Found(Lookup::NOTHING),
         (_, Reply::TooLarge { length, .. }) => return Ok(Answer::Final(Err(too_large(length)))),
 
         (Expect::Stored, Reply::Code { code, .. }) => match code {
@@ -880,11 +892,27 @@ fn check_opaque(expected: u32, reply: &Reply, opaque_on_miss: bool) -> Result<()
 }
 
 fn value(header: Header, data: Bytes, cas: Option<CasToken>) -> Option<Value> {
-    // The placeholder of somebody's lease: there is no value yet.
-    if header.leased && data.is_empty() {
-        return None;
+    match lookup(header, data, cas).found {
+        Found::Value { value, .. } => Some(value.with_cas(cas)),
+        Found::Nothing | Found::Absent { .. } => None,
     }
-    Some(Value::new(data, header.client_flags).with_cas(cas))
+}
+
+fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
+    let left = header.left.and_then(|left| u64::try_from(left).ok());
+    let left = left.map(Duration::from_secs);
+    // There is no value yet.
+    let placeholder = header.lease.is_some() && data.is_empty();
+    let found = if placeholder || header.outdated {
+        Found::Nothing
+    } else if header.client_flags == ABSENT_FLAGS && data == ABSENT {
+        Found::Absent { left }
+    } else {
+        let value = Value::new(data, header.client_flags);
+        Found::Value { value, left }
+    };
+    let lease = header.lease.unwrap_or(LeaseState::Free);
+    Lookup::new(found, token, lease)
 }
 
 fn too_large(length: u64) -> Error {

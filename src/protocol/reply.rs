@@ -4,6 +4,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use memchr::memchr;
 
 use super::{ABSURD_LENGTH, MAX_LINE, Violation};
+use crate::response::LeaseState;
 
 /// One reply, or one line of a longer one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,9 +61,13 @@ pub(crate) struct Header {
     pub(crate) opaque: Option<u32>,
     pub(crate) client_flags: u32,
     pub(crate) cas: Option<u64>,
-    /// `W` or `Z`: somebody holds a lease on it. With an empty value it is a placeholder, which is
-    /// a miss to anybody who did not ask for leases.
-    pub(crate) leased: bool,
+    /// The TTL that is left, in seconds; -1 is for ever.
+    pub(crate) left: Option<i64>,
+    /// `W` or `Z`: who has the lease on it. With an empty value it is a placeholder, which is a
+    /// miss.
+    pub(crate) lease: Option<LeaseState>,
+    /// `X`: somebody has marked it as outdated, so it is a miss, too.
+    pub(crate) outdated: bool,
 }
 
 impl Reply {
@@ -304,9 +309,14 @@ fn header(flags: &[u8]) -> Option<Header> {
             }
             [b'f', digits @ ..] => header.client_flags = u32::try_from(number(digits)?).ok()?,
             [b'c', digits @ ..] => header.cas = Some(number(digits)?),
-            b"W" | b"Z" => header.leased = true,
-            // Stale (marked by an invalidating delete), and the echo of a base64 key's flag.
-            b"X" | b"b" => {}
+            [b't', b'-', b'1'] => header.left = Some(-1),
+            [b't', digits @ ..] => header.left = Some(i64::try_from(number(digits)?).ok()?),
+            b"W" => header.lease = Some(LeaseState::Won),
+            // The winner is told of both if it asks again on the same item; that it has won goes first.
+            b"Z" => header.lease = header.lease.or(Some(LeaseState::Taken)),
+            b"X" => header.outdated = true,
+            // The echo of a base64 key's flag.
+            b"b" => {}
             _ => return None,
         }
     }

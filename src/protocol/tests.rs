@@ -10,10 +10,10 @@ use tokio::time::Instant;
 use super::{Batch, Limits, Parser, Pipeline, Ticket, Violation, encode};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
-use crate::request::{Direction, Operation, StoreMode};
-use crate::response::{CasOutcome, Response};
+use crate::request::{Direction, LeaseTerms, Operation, StoreMode};
+use crate::response::{CasOutcome, Found, LeaseState, Response};
 use crate::ttl::Ttl;
-use crate::value::CasToken;
+use crate::value::{CasToken, Payload};
 
 const LIMITS: Limits = Limits {
     value: 1 << 20,
@@ -509,6 +509,87 @@ fn somebody_elses_lease_placeholder_is_a_miss() {
         .unwrap();
     assert_eq!(talk.value(&placeholder), None);
     assert_eq!(talk.value(&empty).as_deref(), Some(&b""[..]));
+}
+
+#[test]
+fn a_lookup_asks_for_what_a_read_through_has_to_know() {
+    let lookup = |lease| Operation::Lookup {
+        key: key("k"),
+        lease,
+    };
+    assert_eq!(encoded(&lookup(None)), "mg k v f c t O7\r\n");
+    let terms = LeaseTerms::new(Duration::from_millis(1_001));
+    assert_eq!(encoded(&lookup(Some(terms))), "mg k v f c t N2 O7\r\n");
+    let terms = terms.recache(Duration::from_secs(30));
+    assert_eq!(
+        encoded(&lookup(Some(terms))),
+        "mg k v f c t N2 R30 O7\r\n"
+    );
+    // 0 would be for ever.
+    let none = LeaseTerms::new(Duration::ZERO);
+    assert_eq!(encoded(&lookup(Some(none))), "mg k v f c t N1 O7\r\n");
+}
+
+#[test]
+fn a_lookup_tells_nothing_absent_and_a_value_apart_and_whose_the_lease_is() {
+    use LeaseState::{Free, Taken, Won};
+    let seconds = |seconds| Some(Duration::from_secs(seconds));
+    let absent = "VA 23 f1313820229 c5 t9 O1\r\ntower-memcached: absent\r\n";
+    let value = |left| Found::Value {
+        value: crate::value::Value::new("v", 3),
+        left,
+    };
+    for (reply, found, cas, lease) in [
+        ("EN O1\r\n", Found::Nothing, None, Free),
+        ("VA 0 f0 c5 t2 W O1\r\n\r\n", Found::Nothing, Some(5), Won),
+        ("VA 0 f0 c5 t2 O1 Z\r\n\r\n", Found::Nothing, Some(5), Taken),
+        ("VA 1 f3 c5 t9 O1\r\nv\r\n", value(seconds(9)), Some(5), Free),
+        ("VA 1 f3 c5 t-1 O1\r\nv\r\n", value(None), Some(5), Free),
+        ("VA 1 f3 c5 t1 O1 W\r\nv\r\n", value(seconds(1)), Some(5), Won),
+        ("VA 1 f3 c5 t0 O1 Z\r\nv\r\n", value(seconds(0)), Some(5), Taken),
+        // Marked as outdated by somebody: never served.
+        ("VA 1 f3 c5 t9 O1 W X\r\nv\r\n", Found::Nothing, Some(5), Won),
+        ("VA 1 f3 c5 t9 O1 X Z\r\nv\r\n", Found::Nothing, Some(5), Taken),
+        (absent, Found::Absent { left: seconds(9) }, Some(5), Free),
+    ] {
+        let mut connection = Conversation::new();
+        let ticket = connection.send(&Operation::Lookup {
+            key: key("k"),
+            lease: None,
+        });
+        connection.receive(reply.as_bytes()).unwrap();
+        let Some(Ok(Response::Found(lookup))) = connection.outcome(&ticket) else {
+            panic!("{reply:?} is not what was found");
+        };
+        assert_eq!(lookup.found, found, "{reply:?}");
+        assert_eq!(lookup.token.map(|token| token.unique), cas, "{reply:?}");
+        assert_eq!(lookup.lease, lease, "{reply:?}");
+    }
+}
+
+#[test]
+fn to_a_plain_read_what_is_absent_or_outdated_is_a_miss() {
+    for reply in [
+        "VA 23 f1313820229 O1\r\ntower-memcached: absent\r\n",
+        "VA 1 f3 O1 W X\r\nv\r\n",
+    ] {
+        let mut connection = Conversation::new();
+        let ticket = connection.send(&get("k"));
+        connection.receive(reply.as_bytes()).unwrap();
+        assert_eq!(connection.value(&ticket), None, "{reply:?}");
+    }
+    // It takes both the flags and the bytes.
+    for reply in [
+        "VA 23 f0 O1\r\ntower-memcached: absent\r\n",
+        "VA 1 f1313820229 O1\r\nv\r\n",
+    ] {
+        let mut connection = Conversation::new();
+        let ticket = connection.send(&get("k"));
+        connection.receive(reply.as_bytes()).unwrap();
+        assert!(connection.value(&ticket).is_some(), "{reply:?}");
+    }
+    let absent = Payload::absent();
+    assert_eq!((absent.data().len(), absent.flags()), (23, 1_313_820_229));
 }
 
 #[test]
