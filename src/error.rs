@@ -61,6 +61,9 @@ pub enum ErrorKind {
     /// The read-through loader failed, panicked or ran out of time; [`source`](StdError::source)
     /// is the loader's own error where there is one.
     Load,
+    /// A read-through load was not made, to protect the database: as many run or wait as may, none
+    /// may start for now, or most of late have failed. Nothing was asked of the database.
+    LoadShed,
     /// No tokio runtime to run in: with [`Executor::current`](crate::Executor::current) outside one.
     NoRuntime,
     /// A user-supplied layer failed, with an error that is not ours, or gave a response that does
@@ -88,6 +91,7 @@ impl ErrorKind {
             Self::Shutdown => "shut down",
             Self::Disabled => "disabled",
             Self::Load => "load failed",
+            Self::LoadShed => "load shed",
             Self::NoRuntime => "no tokio runtime",
             Self::Layer => "layer failed",
         }
@@ -250,10 +254,11 @@ impl Error {
         )
     }
 
-    /// Shed by a bound of our own; sending less is the remedy, sending again at once is not.
+    /// Shed by a bound of our own, in front of a node or of the database; sending less is the
+    /// remedy, sending again at once is not.
     #[must_use]
     pub fn is_overloaded(&self) -> bool {
-        self.0.kind == ErrorKind::Overloaded
+        matches!(self.0.kind, ErrorKind::Overloaded | ErrorKind::LoadShed)
     }
 
     /// The caller's own mistake (key, value, configuration): repeating it cannot help.

@@ -139,7 +139,7 @@ struct Spawning {
 }
 
 impl Spawner {
-    fn handle(&self) -> Result<&Handle> {
+    pub(crate) fn handle(&self) -> Result<&Handle> {
         if let Some(handle) = self.0.known.get() {
             return Ok(handle);
         }

@@ -53,6 +53,7 @@
 
 #![forbid(unsafe_code)]
 
+mod call;
 mod client;
 mod cluster;
 mod error;
@@ -87,7 +88,10 @@ pub use node::{
     NodeFuture, NodeLayer, NodeSettings, NodeStatus, ProbeSettings,
 };
 pub use protocol::{MINIMUM_VERSION, Violation};
-pub use read_through::{Loader, ReadThrough, ReadThroughLayer};
+pub use read_through::{
+    BlockingLoader, LoadGuard, LoadLimits, LoadStatus, Loader, LoadsShed, ReadThrough,
+    ReadThroughLayer, ReadThroughSettings,
+};
 pub use request::{Direction, LeaseTerms, Operation, Request, StoreMode};
 pub use response::{CasOutcome, Found, LeaseState, Lookup, NodeResult, Response};
 pub use transport::{

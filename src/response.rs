@@ -80,6 +80,8 @@ pub enum LeaseState {
     Won,
     /// Somebody else, who was told before.
     Taken,
+    /// The service knows no leases.
+    Unknown,
 }
 
 impl Lookup {

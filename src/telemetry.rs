@@ -4,7 +4,7 @@
 //! Handles are made when first used and made anew every 10 s, so that a recorder that is installed
 //! after the client was built counts too, from then on.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -48,11 +48,58 @@ pub const RETRIES: &str = "memcached_retries_total";
 pub const HEDGES: &str = "memcached_hedges_total";
 /// A retry, failover or hedge was not made because the retry budget was spent. Label: `node`.
 pub const BUDGET_EXHAUSTED: &str = "memcached_retry_budget_exhausted_total";
-/// A loaded value could not be put into the cache.
-pub const REFILLS_FAILED: &str = "memcached_refills_failed_total";
+/// A read that may load ended. Label: `result` (`hit`; `stale`; `loaded`, by this caller or the one
+/// it waited for; `absent`, not in the database; `shed`; `failed`).
+pub const READ_THROUGHS: &str = "memcached_read_throughs_total";
+/// What was loaded was written to the cache, or not. Label: `result` (`stored`; `outdated`: the key
+/// was written or invalidated during the load; `failed`; `dropped`: too many were under way).
+pub const REFILLS: &str = "memcached_refills_total";
+/// A wait for another process that has the lease on a key ended. Label: `result` (`filled`;
+/// `released`: it gave the lease up; `ended`: it took too long).
+pub const LEASE_WAITS: &str = "memcached_lease_waits_total";
 
-pub(crate) fn refill_failed() {
-    counter!(REFILLS_FAILED).increment(1);
+/// A load under a [`LoadGuard`](crate::LoadGuard) ended. Labels: `guard`, its name; `result`
+/// (`success`, `failure`, `abandoned` by the caller). One of a group counts in the group and in the
+/// database's guard, here and below.
+pub const LOADS_ENDED: &str = "memcached_loads_ended_total";
+/// How long loads took until they succeeded or failed, in seconds; not how long they waited. Label:
+/// `guard`.
+pub const LOADS_DURATION: &str = "memcached_loads_duration_seconds";
+/// A load was not made, to protect the database. Labels: `guard` whose limit it was; `reason`
+/// (`throttled` since the database fails, `queue_full`, `waited` too long for its turn, `rate`).
+pub const LOADS_SHED: &str = "memcached_loads_shed_total";
+/// Loads that run now; a gauge. Label: `guard`.
+pub const LOADS_RUNNING: &str = "memcached_loads_running";
+/// Loads that wait for their turn now; a gauge. Label: `guard`.
+pub const LOADS_QUEUED: &str = "memcached_loads_queued";
+
+/// Loads are rare compared with requests: their handles are made at each use.
+pub(crate) fn load_ended(guard: &Arc<str>, result: &'static str, took: Option<Duration>) {
+    counter!(LOADS_ENDED, "guard" => guard.clone(), "result" => result).increment(1);
+    if let Some(took) = took {
+        histogram!(LOADS_DURATION, "guard" => guard.clone()).record(took.as_secs_f64());
+    }
+}
+
+pub(crate) fn load_shed(guard: &Arc<str>, reason: &'static str) {
+    counter!(LOADS_SHED, "guard" => guard.clone(), "reason" => reason).increment(1);
+}
+
+/// `gauge` is [`LOADS_RUNNING`] or [`LOADS_QUEUED`].
+pub(crate) fn loads(gauge: &'static str, guard: &Arc<str>, loads: usize) {
+    gauge!(gauge, "guard" => guard.clone()).set(loads as f64);
+}
+
+pub(crate) fn read_through(result: &'static str) {
+    counter!(READ_THROUGHS, "result" => result).increment(1);
+}
+
+pub(crate) fn refill(result: &'static str) {
+    counter!(REFILLS, "result" => result).increment(1);
+}
+
+pub(crate) fn lease_wait(result: &'static str) {
+    counter!(LEASE_WAITS, "result" => result).increment(1);
 }
 
 /// How old handles may become: a recorder may have been installed since.
@@ -158,7 +205,7 @@ impl NodeMeters {
     /// Forgets the handles: the next use makes them anew.
     pub(crate) fn remake(&self) {
         let cells = Operation::NAMES.len() * self.outcomes.len();
-        self.handles.store(std::sync::Arc::new(Handles {
+        self.handles.store(Arc::new(Handles {
             requests: (0..cells).map(|_| Lazy::default()).collect(),
             ..Handles::default()
         }));

@@ -65,6 +65,28 @@ impl Ttl {
         }
     }
 
+    /// So much longer.
+    pub(crate) fn extended(self, by: Duration) -> Self {
+        let by = round_up(by);
+        match self.0 {
+            Kind::Never => self,
+            Kind::Seconds(seconds) => Self::secs(seconds.saturating_add(by)),
+            Kind::Until(moment) => Self(Kind::Until(moment.saturating_add(by))),
+        }
+    }
+
+    /// Shorter by up to `share` of it, `random` (from 0 to 1) of that, so that what was written
+    /// together does not expire together. A moment stays what it is, and a second a second.
+    pub(crate) fn jittered(self, share: f64, random: f64) -> Self {
+        match self.0 {
+            Kind::Seconds(seconds) => {
+                let less = (seconds as f64 * share * random) as u64;
+                Self::secs(seconds.saturating_sub(less).max(seconds.min(1)))
+            }
+            Kind::Never | Kind::Until(_) => self,
+        }
+    }
+
     /// What goes on the wire now.
     pub(crate) fn wire(self) -> i64 {
         self.wire_at(unix_now())
@@ -129,6 +151,25 @@ mod tests {
         );
         let later = UNIX_EPOCH + Duration::from_secs(NOW + 5);
         assert_eq!(Ttl::until(later).wire_at(NOW), (NOW + 5) as i64);
+    }
+
+    #[test]
+    fn jitter_shortens_and_never_lengthens_or_kills() {
+        assert_eq!(Ttl::secs(100).jittered(0.1, 0.0), Ttl::secs(100));
+        assert_eq!(Ttl::secs(100).jittered(0.1, 1.0), Ttl::secs(90));
+        assert_eq!(Ttl::secs(1).jittered(1.0, 1.0), Ttl::secs(1));
+        assert_eq!(Ttl::secs(0).jittered(1.0, 1.0), Ttl::secs(0));
+        assert_eq!(Ttl::NEVER.jittered(0.5, 1.0), Ttl::NEVER);
+    }
+
+    #[test]
+    fn an_extension_covers_every_kind() {
+        let by = Duration::from_millis(1_500);
+        assert_eq!(Ttl::secs(10).extended(by), Ttl::secs(12));
+        assert_eq!(Ttl::NEVER.extended(by), Ttl::NEVER);
+        let moment = UNIX_EPOCH + Duration::from_secs(NOW);
+        let later = UNIX_EPOCH + Duration::from_secs(NOW + 2);
+        assert_eq!(Ttl::until(moment).extended(by), Ttl::until(later));
     }
 
     #[test]

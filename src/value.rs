@@ -13,6 +13,7 @@ pub struct Value {
     data: Bytes,
     flags: u32,
     cas: Option<CasToken>,
+    stale: bool,
 }
 
 impl Value {
@@ -23,7 +24,13 @@ impl Value {
             data: data.into(),
             flags,
             cas: None,
+            stale: false,
         }
+    }
+
+    pub(crate) fn into_stale(mut self) -> Self {
+        self.stale = true;
+        self
     }
 
     pub(crate) fn with_cas(mut self, cas: Option<CasToken>) -> Self {
@@ -42,6 +49,13 @@ impl Value {
     #[must_use]
     pub fn cas(&self) -> Option<CasToken> {
         self.cas
+    }
+
+    /// Whether it is past its TTL, and was given all the same, because it is being loaded anew or
+    /// cannot be: only a [read-through](crate::read_through) that was told to does that.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.stale
     }
 
     /// The bytes, without copying.
@@ -107,6 +121,7 @@ impl fmt::Debug for Value {
             .field("data", &self.data)
             .field("flags", &self.flags)
             .field("cas", &self.cas)
+            .field("stale", &self.stale)
             .finish()
     }
 }

@@ -12,7 +12,7 @@ use crate::cluster::{Cluster, ClusterSettings, FailureMode, NodeSpec, RetryBudge
 use crate::error::{BoxError, Error, Result};
 use crate::executor::Executor;
 use crate::node::{BreakerSettings, JournalSettings, Node, NodeSettings, ProbeSettings};
-use crate::read_through::Flights;
+use crate::read_through::{Engine, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
 use crate::transport::{Connector, Parts, Pipelined, PipelinedSettings, SystemConnector};
@@ -22,7 +22,7 @@ use crate::transport::{Connector, Parts, Pipelined, PipelinedSettings, SystemCon
 pub struct ClientBuilder<L = Identity, N = Identity> {
     nodes: Vec<Result<NodeSpec>>,
     timeout: Duration,
-    load_timeout: Duration,
+    read_through: ReadThroughSettings,
     attempt_timeout: Duration,
     cluster: ClusterSettings,
     node: NodeSettings,
@@ -40,7 +40,7 @@ impl ClientBuilder {
         Self {
             nodes: Vec::new(),
             timeout: Duration::from_millis(100),
-            load_timeout: Duration::from_secs(1),
+            read_through: ReadThroughSettings::default(),
             attempt_timeout: Duration::from_millis(30),
             cluster: ClusterSettings::default(),
             node: NodeSettings::default(),
@@ -91,11 +91,18 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
-    /// How long [`Client::get_or_load`]'s loader, or the wait for another caller's, may take; 1 s
-    /// by default.
+    /// How [`Client::get_or_load`] loads what the cache does not have.
+    #[must_use]
+    pub fn read_through(mut self, settings: ReadThroughSettings) -> Self {
+        self.read_through = settings;
+        self
+    }
+
+    /// How long [`Client::get_or_load`] may take to load, with all waiting for others; 1 s by default
+    /// ([`ReadThroughSettings::load_timeout`]).
     #[must_use]
     pub fn load_timeout(mut self, timeout: Duration) -> Self {
-        self.load_timeout = timeout;
+        self.read_through = self.read_through.load_timeout(timeout);
         self
     }
 
@@ -247,7 +254,7 @@ impl<L, N> ClientBuilder<L, N> {
         let Self {
             nodes,
             timeout,
-            load_timeout,
+            read_through,
             attempt_timeout,
             cluster,
             node,
@@ -261,7 +268,7 @@ impl<L, N> ClientBuilder<L, N> {
         ClientBuilder {
             nodes,
             timeout,
-            load_timeout,
+            read_through,
             attempt_timeout,
             cluster,
             node,
@@ -281,7 +288,7 @@ impl<L, N> ClientBuilder<L, N> {
         let Self {
             nodes,
             timeout,
-            load_timeout,
+            read_through,
             attempt_timeout,
             cluster,
             node,
@@ -295,7 +302,7 @@ impl<L, N> ClientBuilder<L, N> {
         ClientBuilder {
             nodes,
             timeout,
-            load_timeout,
+            read_through,
             attempt_timeout,
             cluster,
             node,
@@ -325,9 +332,7 @@ impl<L, N> ClientBuilder<L, N> {
         if self.timeout.is_zero() {
             return Err(Error::configuration("the timeout is zero"));
         }
-        if self.load_timeout.is_zero() {
-            return Err(Error::configuration("the load timeout is zero"));
-        }
+        self.read_through.validate()?;
         let attempt_timeout = self.attempt_timeout.min(self.timeout);
         let timeouts = self.node.timeouts_to_close();
         let transport = self.transport.attempt_timeout(attempt_timeout);
@@ -360,10 +365,9 @@ impl<L, N> ClientBuilder<L, N> {
             Cluster::from_factory(self.cluster, specs, spawner.clone(), Box::new(factory))?;
         let shared = Shared {
             timeout: self.timeout,
-            load_timeout: self.load_timeout,
+            reads: Engine::new(self.read_through, Some(spawner.clone())),
             spawner: Some(spawner),
             cluster: Some(Arc::new(cluster.clone())),
-            flights: Flights::default(),
         };
         Ok(Client::assemble(self.layer.layer(cluster), shared))
     }

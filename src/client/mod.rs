@@ -5,7 +5,6 @@
 //! [`ClientBuilder`] puts the default stack together (`builder.rs`).
 
 mod builder;
-mod call;
 mod events;
 mod multi_get;
 mod operations;
@@ -19,14 +18,14 @@ use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceExt as _};
 
 pub use builder::ClientBuilder;
-pub(crate) use call::Call;
 pub use multi_get::{MultiGet, Outcome};
 
+use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::Spawner;
 use crate::node::NodeStatus;
-use crate::read_through::Flights;
+use crate::read_through::{Engine, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
 use crate::transport::Pipelined;
@@ -71,10 +70,9 @@ pub struct Client<S = DefaultService> {
 
 pub(crate) struct Shared {
     timeout: Duration,
-    load_timeout: Duration,
     spawner: Option<Spawner>,
     cluster: Option<Arc<dyn Control>>,
-    flights: Flights,
+    reads: Arc<Engine>,
 }
 
 impl Client {
@@ -114,6 +112,20 @@ impl<S> Client<S> {
         Ok(Self::assemble(self.service, shared))
     }
 
+    /// The same client with other settings for what it loads, such as a functional group's; the
+    /// connections are shared. What the two load they do not share.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`], naming the setting that makes no sense.
+    pub fn with_read_through(self, settings: ReadThroughSettings) -> Result<Self> {
+        settings.validate()?;
+        let shared = Shared {
+            reads: self.shared.reads.with_settings(settings),
+            ..self.shared.again()
+        };
+        Ok(Self::assemble(self.service, shared))
+    }
+
     /// The same client with a layer around it, such as a functional group
     /// ([`GroupLayer`](crate::GroupLayer)); the connections are shared.
     pub fn layer<L>(&self, layer: L) -> Client<L::Service>
@@ -123,7 +135,7 @@ impl<S> Client<S> {
     {
         let shared = Shared {
             // The same key may mean something else behind the layer.
-            flights: Flights::default(),
+            reads: self.shared.reads.again(),
             ..self.shared.again()
         };
         Client::assemble(layer.layer(self.service.clone()), shared)
@@ -217,10 +229,9 @@ impl Shared {
     fn again(&self) -> Self {
         Self {
             timeout: self.timeout,
-            load_timeout: self.load_timeout,
             spawner: self.spawner.clone(),
             cluster: self.cluster.clone(),
-            flights: self.flights.clone(),
+            reads: self.reads.clone(),
         }
     }
 }
@@ -229,10 +240,9 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             timeout: Duration::from_millis(100),
-            load_timeout: Duration::from_secs(1),
             spawner: None,
             cluster: None,
-            flights: Flights::default(),
+            reads: Engine::new(ReadThroughSettings::default(), None),
         }
     }
 }
@@ -248,17 +258,15 @@ where
     /// # Errors
     /// As the operation's; [`ErrorKind::Timeout`] at the deadline.
     pub async fn call(&self, request: Request) -> Result<Response> {
-        self.send(request).await
-    }
-
-    fn send(&self, request: Request) -> Call<'_, S> {
         let shared = &*self.shared;
-        Call::new(
-            self.service.clone(),
-            request,
-            shared.timeout,
-            shared.spawner.as_ref(),
-        )
+        if request.operation().changes()
+            && let Some(key) = request.operation().key()
+        {
+            // What is being loaded for it is old now.
+            shared.reads.outdate(key);
+        }
+        let spawner = shared.spawner.as_ref();
+        Call::new(self.service.clone(), request, shared.timeout, spawner).await
     }
 }
 

@@ -11,8 +11,8 @@ use super::{Client, MultiGet, misfit};
 use crate::error::{BoxError, Result};
 use crate::executor::after;
 use crate::key::{IntoKey, Key};
-use crate::read_through;
-use crate::request::{Direction, Operation, Purpose, Request, StoreMode};
+use crate::read_through::{Cache, Loads, Query};
+use crate::request::{Direction, Operation, Request, StoreMode};
 use crate::response::{CasOutcome, NodeResult, Response};
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
@@ -23,7 +23,7 @@ where
     S::Error: Into<BoxError>,
 {
     async fn ask(&self, operation: Operation) -> Result<Response> {
-        self.send(Request::new(operation)).await
+        self.call(Request::new(operation)).await
     }
 
     /// Reads a value; `None` is a miss.
@@ -59,38 +59,25 @@ where
         I: IntoIterator,
         I::Item: IntoKey,
     {
-        let parsed: Vec<Result<Key>> = keys.into_iter().map(IntoKey::into_key).collect();
-        let valid: Arc<[Key]> = parsed.iter().flatten().cloned().collect();
-        let asked = valid.len();
-        let operation = Operation::GetMany { keys: valid };
-        let answer = match asked {
+        let asked = Asked::parse(keys);
+        let operation = Operation::GetMany {
+            keys: asked.valid.clone().into(),
+        };
+        let answer = match asked.valid.len() {
             0 => Ok(Vec::new()),
-            _ => match self.ask(operation).await {
-                Ok(Response::Values(values)) if values.len() == asked => Ok(values),
+            count => match self.ask(operation).await {
+                Ok(Response::Values(values)) if values.len() == count => Ok(values),
                 Ok(other) => Err(misfit(&other)),
                 Err(error) => Err(error),
             },
         };
-        let mut answers = match answer {
-            Ok(values) => values,
-            Err(error) => vec![Err(error); asked],
-        }
-        .into_iter();
-        let mut outcomes = Vec::with_capacity(parsed.len());
-        let mut keys = Vec::with_capacity(parsed.len());
-        for key in parsed {
-            match key {
-                Ok(key) => {
-                    keys.push(Some(key));
-                    outcomes.extend(answers.next().map(Into::into));
-                }
-                Err(error) => {
-                    keys.push(None);
-                    outcomes.push(Err(error).into());
-                }
+        match answer {
+            Ok(values) => asked.answered(values),
+            Err(error) => {
+                let values = vec![Err(error); asked.valid.len()];
+                asked.answered(values)
             }
         }
-        MultiGet::new(keys, outcomes)
     }
 
     /// Reads a value and gives it a new TTL.
@@ -263,86 +250,6 @@ where
         }
     }
 
-    /// Reads a value, or loads it and puts it into the cache: see
-    /// [`read_through`](crate::read_through).
-    ///
-    /// The loader runs on this task and may borrow. Of all callers of this client that miss on a
-    /// key at once, one loads and the others share its value, or its error; if the one that loads
-    /// is dropped or runs out of time, another takes over. A cache that fails is treated like a
-    /// miss: the loader is asked. `Ok(None)` from the loader is not cached.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Load`](crate::ErrorKind::Load) if the loader fails (its error is the
-    /// [`source`](std::error::Error::source)), panics, or takes longer than
-    /// [`load_timeout`](super::ClientBuilder::load_timeout);
-    /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey).
-    ///
-    /// # Cancel safety
-    /// Dropping it drops the loader if it is this caller's that runs; a waiter runs its own then.
-    ///
-    /// ```no_run
-    /// # async fn example(client: tower_memcached::Client) -> Result<(), tower_memcached::Error> {
-    /// use tower_memcached::Ttl;
-    ///
-    /// let user = client
-    ///     .get_or_load("user:42", Ttl::secs(300), || async {
-    ///         Ok::<_, std::io::Error>(Some("from the database"))
-    ///     })
-    ///     .await?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn get_or_load<F, Fut, V, E>(
-        &self,
-        key: impl IntoKey,
-        ttl: Ttl,
-        loader: F,
-    ) -> Result<Option<Value>>
-    where
-        F: FnOnce() -> Fut,
-        Fut: Future<Output = Result<Option<V>, E>>,
-        V: Into<Payload>,
-        E: Into<BoxError>,
-    {
-        let key = key.into_key()?;
-        let asked = Instant::now();
-        let cached = self.get(&key).await;
-        // All work on the cache together has the operation's time.
-        let left = self.shared.timeout.saturating_sub(asked.elapsed());
-        if let Some(answer) = read_through::settled(cached) {
-            return answer;
-        }
-        let load = async {
-            let loaded = loader().await;
-            loaded
-                .map(|value| value.map(Into::into))
-                .map_err(Into::into)
-        };
-        let refill = |payload: Payload| {
-            let request = Request::new(Operation::Store {
-                mode: StoreMode::Set,
-                key: key.clone(),
-                payload,
-                ttl,
-            });
-            let request = request
-                .with_deadline(after(Instant::now(), left))
-                .with_purpose(Purpose::Refill);
-            async move { self.send(request).await.map(drop) }
-        };
-        let shared = &*self.shared;
-        shared
-            .flights
-            .load(
-                &key,
-                shared.load_timeout,
-                shared.spawner.as_ref(),
-                load,
-                refill,
-            )
-            .await
-    }
-
     /// Each node's version.
     ///
     /// # Errors
@@ -394,5 +301,189 @@ where
             .into_iter()
             .map(|answer| NodeResult::new(answer.node, answer.result.and_then(&take)));
         Ok(taken.collect())
+    }
+}
+
+/// The keys of a multi-key operation, as they were given.
+struct Asked {
+    parsed: Vec<Result<Key>>,
+    valid: Vec<Key>,
+}
+
+impl Asked {
+    fn parse<I>(keys: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: IntoKey,
+    {
+        let parsed: Vec<Result<Key>> = keys.into_iter().map(IntoKey::into_key).collect();
+        let valid = parsed.iter().flatten().cloned().collect();
+        Self { parsed, valid }
+    }
+
+    /// With one answer for each valid key.
+    fn answered(self, answers: Vec<Result<Option<Value>>>) -> MultiGet {
+        let mut answers = answers.into_iter();
+        let mut outcomes = Vec::with_capacity(self.parsed.len());
+        let mut keys = Vec::with_capacity(self.parsed.len());
+        for key in self.parsed {
+            match key {
+                Ok(key) => {
+                    keys.push(Some(key));
+                    outcomes.extend(answers.next().map(Into::into));
+                }
+                Err(error) => {
+                    keys.push(None);
+                    outcomes.push(Err(error).into());
+                }
+            }
+        }
+        MultiGet::new(keys, outcomes)
+    }
+}
+
+/// Reads that load what the cache does not have.
+impl<S: Cache> Client<S> {
+    /// Reads a value, or loads it and puts it into the cache: see
+    /// [`read_through`](crate::read_through).
+    ///
+    /// The loader runs on this task and may borrow. Of all callers of this client that miss on a
+    /// key at once, one loads and the others share its value, or its error; if the one that loads
+    /// is dropped, panics or runs out of time, another takes over. With leases the same holds among
+    /// all processes: one loads and the others wait a while for its value. A cache that fails is
+    /// treated like a miss: the loader is asked, within the limits of the
+    /// [guard](crate::LoadGuard).
+    ///
+    /// What was loaded is written behind the answer, and only if nobody has written or
+    /// [invalidated](Self::invalidate) the key since the load began. That the loader has found
+    /// nothing is kept only with a
+    /// [`negative_ttl`](crate::ReadThroughSettings::negative_ttl). A value that is
+    /// [stale](Value::is_stale) is given only if the settings allow it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Load`](crate::ErrorKind::Load) if the loader fails (its error is the
+    /// [`source`](std::error::Error::source)), panics, or takes longer than
+    /// [`load_timeout`](crate::ReadThroughSettings::load_timeout);
+    /// [`ErrorKind::LoadShed`](crate::ErrorKind::LoadShed) if the database is to be spared;
+    /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey).
+    ///
+    /// # Cancel safety
+    /// Dropping it drops the loader if it is this caller's that runs; a waiter runs its own then.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tower_memcached::Client) -> Result<(), tower_memcached::Error> {
+    /// use tower_memcached::Ttl;
+    ///
+    /// let user = client
+    ///     .get_or_load("user:42", Ttl::secs(300), || async {
+    ///         Ok::<_, std::io::Error>(Some("from the database"))
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get_or_load<F, Fut, V, E>(
+        &self,
+        key: impl IntoKey,
+        ttl: Ttl,
+        loader: F,
+    ) -> Result<Option<Value>>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Option<V>, E>>,
+        V: Into<Payload>,
+        E: Into<BoxError>,
+    {
+        let key = key.into_key()?;
+        let mut loader = Some(loader);
+        let mut loads = Loads::of_caller(|keys: Vec<Key>| {
+            let loader = loader.take();
+            async move {
+                // One call leads the flight of its key once: what comes of that is its answer.
+                let loader = loader.ok_or("the loader was asked twice")?;
+                let loaded = loader().await.map_err(Into::into)?;
+                Ok(keys.into_iter().zip(loaded.map(Into::into)).collect())
+            }
+        });
+        self.shared
+            .reads
+            .get(&self.query(ttl), key, &mut loads)
+            .await
+    }
+
+    /// Reads many values, and loads all that are missing in one call of the loader: it is given
+    /// their keys, and returns what there is of them. Otherwise like
+    /// [`get_or_load`](Self::get_or_load), key by key.
+    ///
+    /// What another caller or process loads already is waited for, so the loader may be called once
+    /// more, with what these have not brought; not at all if nothing is missing. One call is one
+    /// load to the guard.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tower_memcached::Client) -> Result<(), tower_memcached::Error> {
+    /// use std::collections::HashMap;
+    /// use tower_memcached::{Key, Ttl};
+    ///
+    /// let prices = client
+    ///     .get_many_or_load(["price:1", "price:2"], Ttl::secs(60), |missing: Vec<Key>| async move {
+    ///         // SELECT ... WHERE id IN (...)
+    ///         let found: HashMap<Key, String> = missing.into_iter().map(|key| (key, "9.99".into())).collect();
+    ///         Ok::<_, std::io::Error>(found)
+    ///     })
+    ///     .await;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get_many_or_load<I, F, Fut, M, V, E>(
+        &self,
+        keys: I,
+        ttl: Ttl,
+        mut loader: F,
+    ) -> MultiGet
+    where
+        I: IntoIterator,
+        I::Item: IntoKey,
+        F: FnMut(Vec<Key>) -> Fut,
+        Fut: Future<Output = Result<M, E>>,
+        M: IntoIterator<Item = (Key, V)>,
+        V: Into<Payload>,
+        E: Into<BoxError>,
+    {
+        let asked = Asked::parse(keys);
+        let mut loads = Loads::of_caller(|keys: Vec<Key>| {
+            let loaded = loader(keys);
+            async move {
+                let loaded = loaded.await.map_err(Into::into)?;
+                let payload = |(key, value): (Key, V)| (key, value.into());
+                Ok(loaded.into_iter().map(payload).collect())
+            }
+        });
+        let query = self.query(ttl);
+        let reads = &self.shared.reads;
+        let answers = reads.get_many(&query, &asked.valid, &mut loads).await;
+        asked.answered(answers)
+    }
+
+    fn query(&self, ttl: Ttl) -> Query<S> {
+        Query::new(self.service.clone(), ttl, self.shared.timeout)
+    }
+
+    /// Removes a key whose value has changed in the database; to be called when the change is
+    /// committed. Once it has returned `Ok`, no `get_or_load` that begins gives an older value, in
+    /// whatever process: what was read from the database before is neither given to them nor put
+    /// back.
+    ///
+    /// Across processes that holds with [leases](crate::ReadThroughSettings::leases), and while
+    /// everybody uses the same node for the key; while a node is out, other processes may read what
+    /// it or its stand-in had (`docs/FAILURE_MODES.md`).
+    ///
+    /// # Errors
+    /// As for [`delete`](Self::delete). This client will not read the old value even then: the key is
+    /// in its journal. Others may, until it expires or they invalidate it.
+    pub async fn invalidate(&self, key: impl IntoKey) -> Result<()> {
+        let key = key.into_key()?;
+        let by = after(Instant::now(), self.shared.timeout);
+        self.shared.reads.forget(&key, by).await;
+        self.delete(&key).await.map(drop)
     }
 }

@@ -521,10 +521,7 @@ fn a_lookup_asks_for_what_a_read_through_has_to_know() {
     let terms = LeaseTerms::new(Duration::from_millis(1_001));
     assert_eq!(encoded(&lookup(Some(terms))), "mg k v f c t N2 O7\r\n");
     let terms = terms.recache(Duration::from_secs(30));
-    assert_eq!(
-        encoded(&lookup(Some(terms))),
-        "mg k v f c t N2 R30 O7\r\n"
-    );
+    assert_eq!(encoded(&lookup(Some(terms))), "mg k v f c t N2 R30 O7\r\n");
     // 0 would be for ever.
     let none = LeaseTerms::new(Duration::ZERO);
     assert_eq!(encoded(&lookup(Some(none))), "mg k v f c t N1 O7\r\n");
@@ -543,13 +540,38 @@ fn a_lookup_tells_nothing_absent_and_a_value_apart_and_whose_the_lease_is() {
         ("EN O1\r\n", Found::Nothing, None, Free),
         ("VA 0 f0 c5 t2 W O1\r\n\r\n", Found::Nothing, Some(5), Won),
         ("VA 0 f0 c5 t2 O1 Z\r\n\r\n", Found::Nothing, Some(5), Taken),
-        ("VA 1 f3 c5 t9 O1\r\nv\r\n", value(seconds(9)), Some(5), Free),
+        (
+            "VA 1 f3 c5 t9 O1\r\nv\r\n",
+            value(seconds(9)),
+            Some(5),
+            Free,
+        ),
         ("VA 1 f3 c5 t-1 O1\r\nv\r\n", value(None), Some(5), Free),
-        ("VA 1 f3 c5 t1 O1 W\r\nv\r\n", value(seconds(1)), Some(5), Won),
-        ("VA 1 f3 c5 t0 O1 Z\r\nv\r\n", value(seconds(0)), Some(5), Taken),
+        (
+            "VA 1 f3 c5 t1 O1 W\r\nv\r\n",
+            value(seconds(1)),
+            Some(5),
+            Won,
+        ),
+        (
+            "VA 1 f3 c5 t0 O1 Z\r\nv\r\n",
+            value(seconds(0)),
+            Some(5),
+            Taken,
+        ),
         // Marked as outdated by somebody: never served.
-        ("VA 1 f3 c5 t9 O1 W X\r\nv\r\n", Found::Nothing, Some(5), Won),
-        ("VA 1 f3 c5 t9 O1 X Z\r\nv\r\n", Found::Nothing, Some(5), Taken),
+        (
+            "VA 1 f3 c5 t9 O1 W X\r\nv\r\n",
+            Found::Nothing,
+            Some(5),
+            Won,
+        ),
+        (
+            "VA 1 f3 c5 t9 O1 X Z\r\nv\r\n",
+            Found::Nothing,
+            Some(5),
+            Taken,
+        ),
         (absent, Found::Absent { left: seconds(9) }, Some(5), Free),
     ] {
         let mut connection = Conversation::new();

@@ -1,229 +1,319 @@
-//! Single flight: of all who want to load a key at once, one does.
+//! Single flight: of all in this process who want to load a key at once, one does.
 //!
-//! Those who want a key queue up for its turn. Who has the turn and finds no outcome loads; whoever
-//! gets the turn after that finds the outcome. A loader that is dropped or runs out of time gives
-//! the turn up without an outcome, and the next in the queue loads instead.
+//! Those who want a key board its [`Flight`] and queue up for its turn. Who has the turn and finds
+//! no outcome leads: loads, and leaves the outcome to those behind. Who leads and is dropped, panics
+//! or runs out of time gives the turn up without an outcome, and the next in the queue leads.
+//!
+//! An outcome is shared with whoever may have it ([`Outcome::serves`]): nobody gets what was read or
+//! loaded before something that had already been invalidated when they began to ask.
 
-use std::cell::Cell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::future::Future;
-use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
-use futures::FutureExt as _;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::Instant;
 
-use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
-use crate::executor::{Spawner, after, until};
+use crate::error::Result;
 use crate::key::Key;
-use crate::telemetry;
-use crate::value::{Payload, Value};
+use crate::value::{CasToken, Value};
 
-type Outcome = Result<Option<Payload>>;
+/// How often the turn is handed on after a load that panicked or took too long, before its error is
+/// everybody's.
+const HANDOVERS: u32 = 2;
 
-/// The loads under way in one client. It holds only keys that somebody waits for now.
+/// When somebody began to ask for a key, and what the cache had under it then.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sighting {
+    pub(super) asked: Instant,
+    pub(super) seen: Seen,
+}
+
+/// What the cache had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// No value; a value that is old; or the placeholder of a lease: then there is a token.
+    Vacancy(Option<CasToken>),
+    /// The same, where there are no leases.
+    Unleased(Option<CasToken>),
+    /// It could not be asked.
+    Failure,
+}
+
+/// How a flight ended.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    pub(super) result: Result<Option<Value>>,
+    pub(super) source: Source,
+}
+
+/// Where an outcome is from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Source {
+    /// The cache, which was asked then.
+    Cache(Instant),
+    Load(Load),
+    /// Nothing was read.
+    Nowhere,
+}
+
+/// A load.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    pub(super) begun: Instant,
+    /// What the cache had under the key before it, if leases tell.
+    pub(super) token: Option<CasToken>,
+}
+
+impl Outcome {
+    /// Whether it is no older than anything that was invalidated before the asker began.
+    fn serves(&self, asker: &Sighting) -> bool {
+        match &self.source {
+            Source::Cache(asked) => asker.asked <= *asked,
+            Source::Load(load) => load.serves(asker),
+            Source::Nowhere => true,
+        }
+    }
+}
+
+impl Load {
+    /// An invalidation, by whomever, takes away what the cache had when the load began. One in this
+    /// process ends the flight as well ([`Flights::outdate`]), so where the cache tells nothing
+    /// there is nothing to be held against it.
+    fn serves(&self, asker: &Sighting) -> bool {
+        asker.asked <= self.begun
+            || match (asker.seen, self.token) {
+                (Seen::Vacancy(seen), Some(token)) => seen == Some(token),
+                _ => true,
+            }
+    }
+}
+
+/// The loads under way in one client. It holds only keys that somebody waits for now, or that are
+/// being put back.
 #[derive(Clone, Default)]
-pub(crate) struct Flights(Arc<StdMutex<HashMap<Key, Arc<Flight>>>>);
+pub(super) struct Flights(Arc<Table>);
 
 #[derive(Default)]
-struct Flight {
-    turn: Mutex<()>,
-    outcome: OnceLock<Outcome>,
+struct Table {
+    flights: StdMutex<HashMap<Key, Arc<Flight>>>,
+    /// How many there are, for those who only want to know that there are none.
+    count: AtomicUsize,
+}
+
+#[derive(Default)]
+pub(super) struct Flight {
+    turn: Arc<Mutex<()>>,
+    /// Held while what was loaded is put back.
+    refill: Mutex<()>,
+    outdated: AtomicBool,
+    state: StdMutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    seats: usize,
+    load: Option<Load>,
+    outcome: Option<Outcome>,
+    lease: Option<Lease>,
+    handovers: u32,
+}
+
+/// The placeholder of a lease that a flight holds.
+struct Lease {
+    token: CasToken,
+    give_up: Box<dyn FnOnce() + Send>,
+}
+
+/// The right to lead.
+pub(super) type Turn = OwnedMutexGuard<()>;
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remove(&self, key: &Key, flight: &Arc<Flight>) {
+        self.remove_from(&mut self.lock(), key, flight);
+    }
+
+    fn remove_from(
+        &self,
+        flights: &mut HashMap<Key, Arc<Flight>>,
+        key: &Key,
+        flight: &Arc<Flight>,
+    ) {
+        if let Entry::Occupied(entry) = flights.entry(key.clone())
+            && Arc::ptr_eq(entry.get(), flight)
+        {
+            entry.remove();
+        }
+        self.count.store(flights.len(), Ordering::Release);
+    }
 }
 
 impl Flights {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn join(&self, key: &Key) -> Boarded<'_> {
-        let flight = self.lock().entry(key.clone()).or_default().clone();
-        Boarded {
-            flights: self,
+    /// Boards the key's flight, or a new one if that would not do for the asker.
+    pub(super) fn board(&self, key: &Key, asker: &Sighting) -> Seat {
+        let mut flights = self.0.lock();
+        let flight = flights.entry(key.clone()).or_default();
+        if !flight.state().may_serve(asker) {
+            *flight = Arc::default();
+        }
+        flight.state().seats += 1;
+        let flight = flight.clone();
+        self.0.count.store(flights.len(), Ordering::Release);
+        Seat {
+            table: self.0.clone(),
             key: key.clone(),
             flight,
-            leads: Cell::new(false),
         }
     }
 
-    /// Waits for the key's turn, up to `within`, and loads if nobody has by then; `refill` puts a
-    /// value that was loaded into the cache, after the waiters have it.
-    pub(crate) async fn load<L, R, Fut>(
-        &self,
-        key: &Key,
-        within: Duration,
-        spawner: Option<&Spawner>,
-        load: L,
-        refill: R,
-    ) -> Result<Option<Value>>
-    where
-        L: Future<Output = Result<Option<Payload>, BoxError>>,
-        R: FnOnce(Payload) -> Fut,
-        Fut: Future<Output = Result<()>>,
-    {
-        let deadline = after(Instant::now(), within);
-        let boarded = self.join(key);
-        let turn = until(spawner, deadline, boarded.flight.turn.lock()).await?;
-        let Some(turn) = turn else {
-            let message = format!("no value within {within:?}, while another caller loads");
-            return Err(failed(message));
-        };
-        let flight = &boarded.flight;
-        if let Some(outcome) = flight.outcome.get() {
-            return outcome.clone().map(|payload| payload.map(Value::from));
+    /// Whoever asks for the key from now on boards a new flight, and what this one loads is not put
+    /// back any more.
+    pub(super) fn outdate(&self, key: &Key) -> Option<Arc<Flight>> {
+        if self.0.count.load(Ordering::Acquire) == 0 {
+            return None;
         }
-        boarded.leads.set(true);
-        let load = AssertUnwindSafe(load).catch_unwind();
-        let outcome = match until(spawner, deadline, load).await? {
-            // The next in the queue may have better luck, and has a time of its own.
-            None => return Err(failed(format!("the loader took over {within:?}"))),
-            Some(Ok(Ok(loaded))) => Ok(loaded),
-            Some(Ok(Err(error))) => Err(failed("the loader failed").with_source(error)),
-            Some(Err(_panic)) => Err(failed("the loader panicked")),
-        };
-        let outcome = flight.outcome.get_or_init(|| outcome).clone();
-        drop(turn);
-        if let Ok(Some(payload)) = &outcome
-            && refill(payload.clone()).await.is_err()
-        {
-            telemetry::refill_failed();
-        }
-        outcome.map(|payload| payload.map(Value::from))
+        let mut flights = self.0.lock();
+        let flight = flights.remove(key)?;
+        self.0.count.store(flights.len(), Ordering::Release);
+        flight.outdated.store(true, Ordering::SeqCst);
+        Some(flight)
     }
 }
 
-fn failed(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
-    Error::new(ErrorKind::Load, message).with_sent(Sent::No)
+impl Flight {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_outdated(&self) -> bool {
+        self.outdated.load(Ordering::SeqCst)
+    }
+
+    /// Waits until nothing is being put back.
+    pub(super) async fn refilled(&self) {
+        drop(self.refill.lock().await);
+    }
 }
 
-/// Somebody who wants a key. The flight ends when who loaded its value has put it into the cache,
-/// or the last of them has left.
-struct Boarded<'a> {
-    flights: &'a Flights,
+impl State {
+    fn may_serve(&self, asker: &Sighting) -> bool {
+        match (&self.outcome, &self.load) {
+            (Some(outcome), _) => outcome.serves(asker),
+            (None, Some(load)) => load.serves(asker),
+            (None, None) => true,
+        }
+    }
+}
+
+/// A place on a flight. The flight ends when the last one is given up.
+pub(super) struct Seat {
+    table: Arc<Table>,
     key: Key,
     flight: Arc<Flight>,
-    leads: Cell<bool>,
 }
 
-impl Drop for Boarded<'_> {
+impl Seat {
+    /// The turn, if nobody has it.
+    pub(super) fn try_turn(&self) -> Option<Turn> {
+        self.flight.turn.clone().try_lock_owned().ok()
+    }
+
+    /// Waits for the turn.
+    pub(super) async fn turn(&self) -> Turn {
+        self.flight.turn.clone().lock_owned().await
+    }
+
+    /// What came of it; `Err` if it is not for that asker.
+    pub(super) fn outcome(
+        &self,
+        asker: &Sighting,
+    ) -> Option<std::result::Result<Outcome, Outdated>> {
+        let state = self.flight.state();
+        let outcome = state.outcome.as_ref()?;
+        Some(if outcome.serves(asker) {
+            Ok(outcome.clone())
+        } else {
+            Err(Outdated)
+        })
+    }
+
+    /// A load begins.
+    pub(super) fn begin(&self, load: Load) {
+        self.flight.state().load = Some(load);
+    }
+
+    /// The load has come to nothing; whether another may try.
+    pub(super) fn hand_over(&self) -> bool {
+        let mut state = self.flight.state();
+        state.handovers += 1;
+        state.load = None;
+        state.handovers <= HANDOVERS
+    }
+
+    pub(super) fn settle(&self, outcome: Outcome) {
+        self.flight.state().outcome = Some(outcome);
+    }
+
+    /// Nobody boards any more: there is nothing to wait for.
+    pub(super) fn land(&self) {
+        self.table.remove(&self.key, &self.flight);
+    }
+
+    /// The lease that the flight holds.
+    pub(super) fn lease(&self) -> Option<CasToken> {
+        let state = self.flight.state();
+        state.lease.as_ref().map(|lease| lease.token)
+    }
+
+    /// The flight holds a lease, which is given up with the last seat unless it is used.
+    pub(super) fn hold(&self, token: CasToken, give_up: impl FnOnce() + Send + 'static) {
+        self.flight.state().lease = Some(Lease {
+            token,
+            give_up: Box::new(give_up),
+        });
+    }
+
+    /// The lease is used.
+    pub(super) fn use_lease(&self) {
+        let lease = self.flight.state().lease.take();
+        // Not under the lock: it may hold the last handle of a client.
+        drop(lease);
+    }
+
+    /// Puts something back, unless it is outdated; who invalidates the key waits for that to end.
+    pub(super) async fn refill<T>(&self, write: impl Future<Output = T>) -> Option<T> {
+        let _refilling = self.flight.refill.lock().await;
+        if self.flight.is_outdated() {
+            return None;
+        }
+        Some(write.await)
+    }
+}
+
+/// The outcome is not for who asked.
+pub(super) struct Outdated;
+
+impl Drop for Seat {
     fn drop(&mut self) {
-        let mut flights = self.flights.lock();
-        if let Entry::Occupied(entry) = flights.entry(self.key.clone())
-            && Arc::ptr_eq(entry.get(), &self.flight)
-        {
-            // Who comes after that must ask the cache. Joining takes the lock we hold, so the count
-            // cannot grow: two are the map's and ours.
-            let landed = self.leads.get() && self.flight.outcome.get().is_some();
-            if landed || Arc::strong_count(&self.flight) == 2 {
-                entry.remove();
+        let lease = {
+            // Boarding takes the table's lock, too, so nobody boards a flight that is being left.
+            let mut flights = self.table.lock();
+            let mut state = self.flight.state();
+            state.seats -= 1;
+            if state.seats > 0 {
+                return;
             }
+            self.table
+                .remove_from(&mut flights, &self.key, &self.flight);
+            state.lease.take()
+        };
+        if let Some(lease) = lease {
+            (lease.give_up)();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    use futures::future::join_all;
-    use tokio::sync::Notify;
-
-    use super::*;
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    fn key() -> Key {
-        Key::new("k").unwrap()
-    }
-
-    async fn stored(_: Payload) -> Result<()> {
-        Ok(())
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_thousand_misses_are_one_load() {
-        let (flights, loads) = (Flights::default(), AtomicUsize::new(0));
-        let one = || async {
-            let load = async {
-                loads.fetch_add(1, Ordering::Relaxed);
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                Ok(Some(Payload::from("v")))
-            };
-            flights.load(&key(), SECOND, None, load, stored).await
-        };
-        for value in join_all((0..1000).map(|_| one())).await {
-            assert_eq!(value.unwrap().unwrap(), "v");
-        }
-        assert_eq!(loads.load(Ordering::Relaxed), 1);
-        assert!(flights.lock().is_empty(), "nothing is kept");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_waiter_takes_over_from_a_leader_that_is_dropped() {
-        let flights = Flights::default();
-        let key = key();
-        let started = Notify::new();
-        let endless = async {
-            started.notify_one();
-            std::future::pending().await
-        };
-        let leader = Box::pin(flights.load(&key, SECOND, None, endless, stored));
-        let waiter = flights.load(&key, SECOND, None, async { Ok(Some("v".into())) }, stored);
-        let leader_until_started = async {
-            tokio::select! {
-                _ = leader => unreachable!("its loader never ends"),
-                () = started.notified() => {}
-            }
-        };
-        let (value, ()) = tokio::join!(waiter, leader_until_started);
-        assert_eq!(value.unwrap().unwrap(), "v");
-        assert!(flights.lock().is_empty());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_loaders_error_reaches_all_who_wait_typed_and_is_not_kept() {
-        let flights = Flights::default();
-        let key = key();
-        let fail = || async {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-            Err(std::io::Error::other("no such table").into())
-        };
-        let first = flights.load(&key, SECOND, None, fail(), stored);
-        let second = flights.load(&key, SECOND, None, fail(), stored);
-        let (first, second) = tokio::join!(first, second);
-        for outcome in [first, second] {
-            let error = outcome.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Load);
-            let source = std::error::Error::source(&error).unwrap();
-            assert_eq!(source.to_string(), "no such table");
-            assert!(source.is::<std::io::Error>());
-        }
-        let again = flights
-            .load(&key, SECOND, None, async { Ok(None) }, stored)
-            .await;
-        assert_eq!(again.unwrap(), None);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_loader_that_panics_or_hangs_is_an_error() {
-        let flights = Flights::default();
-        let panics = async { panic!("a bug in the loader") };
-        let error = flights
-            .load(&key(), SECOND, None, panics, stored)
-            .await
-            .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Load);
-        let hangs = std::future::pending();
-        let begun = Instant::now();
-        let error = flights
-            .load(&key(), SECOND, None, hangs, stored)
-            .await
-            .unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Load);
-        assert!(begun.elapsed() < SECOND * 2);
-        assert!(flights.lock().is_empty());
     }
 }

@@ -1,5 +1,6 @@
 //! A shared loader under a whole stack.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -7,32 +8,69 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use tokio::time::Instant;
 use tower::{Layer, Service};
 
-use super::{Flights, settled};
-use crate::error::{BoxError, Error, ErrorKind, Result};
+use super::engine::{Cache, Engine, Query};
+use super::loads::shared;
+use super::settings::ReadThroughSettings;
+use crate::error::{BoxError, Error, Result};
+use crate::executor::{Executor, Spawner, after};
 use crate::key::Key;
-use crate::request::{Operation, Purpose, Request, StoreMode};
+use crate::request::{Operation, Request};
 use crate::response::Response;
 use crate::ttl::Ttl;
-use crate::value::{Payload, Value};
+use crate::value::Payload;
 
 /// Loads what the cache does not have.
 pub trait Loader: Send + Sync + 'static {
     /// Loads the value of a key; `None` if there is none.
     ///
     /// # Errors
-    /// Reach the caller as the source of an [`ErrorKind::Load`], and are not cached.
+    /// Reach the caller as the source of an [`ErrorKind::Load`](crate::ErrorKind::Load), and are
+    /// not cached. To the [guard](super::LoadGuard) each is a failure of the database.
+    ///
+    /// # Cancel safety
+    /// It is dropped when the time to load is up.
     fn load(&self, key: &Key) -> impl Future<Output = Result<Option<Payload>, BoxError>> + Send;
+
+    /// Loads the values of several keys in one go; what is not in the map does not exist. One after
+    /// the other unless this is implemented. It is one load to the guard.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load); it is then the error of all the keys.
+    fn load_many(
+        &self,
+        keys: &[Key],
+    ) -> impl Future<Output = Result<HashMap<Key, Payload>, BoxError>> + Send {
+        async move {
+            let mut loaded = HashMap::with_capacity(keys.len());
+            for key in keys {
+                if let Some(payload) = self.load(key).await? {
+                    loaded.insert(key.clone(), payload);
+                }
+            }
+            Ok(loaded)
+        }
+    }
 }
 
-/// Puts a [`Loader`] under a stack: each `get` that misses, or fails, is loaded, and the value
-/// written back with the layer's TTL. Every other operation passes.
+/// Puts a [`Loader`] under a stack: each `get` and `get_many` that misses, or fails, is loaded, and
+/// what was loaded is written back with the layer's TTL. Every other operation passes; one that
+/// changes a key makes what is being loaded for it outdated, as [`Client::invalidate`] does.
+///
+/// A load runs on a task of its own, so that a caller who leaves does not end what others wait for,
+/// and old values are refreshed behind the answer. The whole call has the client's
+/// [`timeout`](crate::ClientBuilder::timeout), which should leave time to load.
+///
+/// [`Client::invalidate`]: crate::Client::invalidate
 #[derive(Debug)]
 pub struct ReadThroughLayer<L> {
     loader: Arc<L>,
     ttl: Ttl,
-    load_timeout: Duration,
+    timeout: Duration,
+    settings: ReadThroughSettings,
+    spawner: Option<Spawner>,
 }
 
 impl<L> Clone for ReadThroughLayer<L> {
@@ -40,28 +78,58 @@ impl<L> Clone for ReadThroughLayer<L> {
         Self {
             loader: self.loader.clone(),
             ttl: self.ttl,
-            load_timeout: self.load_timeout,
+            timeout: self.timeout,
+            settings: self.settings.clone(),
+            spawner: self.spawner.clone(),
         }
     }
 }
 
 impl<L: Loader> ReadThroughLayer<L> {
-    /// A layer that writes what it loads with that TTL. A load may take 1 s.
+    /// A layer that writes what it loads with that TTL, with the default settings.
     #[must_use]
     pub fn new(loader: L, ttl: Ttl) -> Self {
         Self {
             loader: Arc::new(loader),
             ttl,
-            load_timeout: Duration::from_secs(1),
+            timeout: Duration::from_millis(100),
+            settings: ReadThroughSettings::default(),
+            spawner: None,
         }
     }
 
-    /// How long a load, or the wait for another caller's, may take; 1 s by default. A request's
-    /// deadline ends it earlier.
-    #[must_use]
-    pub fn load_timeout(mut self, timeout: Duration) -> Self {
-        self.load_timeout = timeout;
-        self
+    /// How it loads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration), naming the
+    /// setting that makes no sense.
+    pub fn settings(mut self, settings: ReadThroughSettings) -> Result<Self> {
+        settings.validate()?;
+        self.settings = settings;
+        Ok(self)
+    }
+
+    /// How long all work on the cache before a load may take; 100 ms by default.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if it is zero.
+    pub fn timeout(mut self, timeout: Duration) -> Result<Self> {
+        if timeout.is_zero() {
+            return Err(Error::configuration("the timeout is zero"));
+        }
+        self.timeout = timeout;
+        Ok(self)
+    }
+
+    /// Where loads run; the runtime of whoever asks by default, and on the caller's task where there
+    /// is none. It must not be the client's: a loader that blocks would block all I/O.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if its threads
+    /// cannot be started.
+    pub fn executor(mut self, executor: &Executor) -> Result<Self> {
+        self.spawner = Some(executor.start()?);
+        Ok(self)
     }
 }
 
@@ -71,8 +139,8 @@ impl<S, L: Loader> Layer<S> for ReadThroughLayer<L> {
     fn layer(&self, inner: S) -> ReadThrough<S, L> {
         ReadThrough {
             inner,
+            engine: Engine::new(self.settings.clone(), None),
             layer: self.clone(),
-            flights: Flights::default(),
         }
     }
 }
@@ -81,18 +149,21 @@ impl<S, L: Loader> Layer<S> for ReadThroughLayer<L> {
 ///
 /// # Readiness
 /// That of the service below is waited for in the future.
+///
+/// # Cancel safety
+/// Dropping its future leaves the load to those who wait for it, and to the cache.
 pub struct ReadThrough<S, L> {
     inner: S,
+    engine: Arc<Engine>,
     layer: ReadThroughLayer<L>,
-    flights: Flights,
 }
 
 impl<S: Clone, L> Clone for ReadThrough<S, L> {
     fn clone(&self) -> Self {
         Self {
             inner: self.inner.clone(),
+            engine: self.engine.clone(),
             layer: self.layer.clone(),
-            flights: self.flights.clone(),
         }
     }
 }
@@ -103,13 +174,7 @@ impl<S, L> fmt::Debug for ReadThrough<S, L> {
     }
 }
 
-impl<S, L> Service<Request> for ReadThrough<S, L>
-where
-    S: Service<Request, Response = Response> + Clone + Send + Sync + 'static,
-    S::Error: Into<BoxError> + Send,
-    S::Future: Send,
-    L: Loader,
-{
+impl<S: Cache, L: Loader> Service<Request> for ReadThrough<S, L> {
     type Response = Response;
     type Error = Error;
     type Future = BoxFuture<'static, Result<Response>>;
@@ -119,56 +184,38 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let this = self.clone();
+        let Self {
+            inner,
+            engine,
+            layer,
+        } = self.clone();
         Box::pin(async move {
+            let deadline = request.deadline();
+            let query = Query::new(inner.clone(), layer.ttl, layer.timeout).ending(deadline);
+            let mut loads = shared(layer.loader, layer.spawner);
             match request.operation() {
                 Operation::Get {
                     key,
                     with_cas: false,
                 } => {
-                    let key = key.clone();
-                    let value = this.get_or_load(key, request).await?;
+                    let value = engine.get(&query, key.clone(), &mut loads).await?;
                     Ok(Response::Value(value))
                 }
-                _ => request.ask(this.inner).await,
+                Operation::GetMany { keys } => {
+                    let values = engine.get_many(&query, keys, &mut loads).await;
+                    Ok(Response::Values(values))
+                }
+                operation => {
+                    if operation.changes()
+                        && let Some(key) = operation.key()
+                    {
+                        let by = after(Instant::now(), layer.timeout);
+                        let by = deadline.map_or(by, |deadline| deadline.min(by));
+                        engine.forget(key, by).await;
+                    }
+                    request.ask(inner).await
+                }
             }
         })
-    }
-}
-
-impl<S, L> ReadThrough<S, L>
-where
-    S: Service<Request, Response = Response> + Clone,
-    S::Error: Into<BoxError>,
-    L: Loader,
-{
-    async fn get_or_load(self, key: Key, request: Request) -> Result<Option<Value>> {
-        let deadline = request.deadline();
-        let cached = match request.ask(self.inner.clone()).await {
-            Ok(Response::Value(value)) => Ok(value),
-            Ok(_) => Err(Error::new(ErrorKind::Layer, "not the answer to a get")),
-            Err(error) => Err(error),
-        };
-        if let Some(answer) = settled(cached) {
-            return answer;
-        }
-        let load = self.layer.loader.load(&key);
-        let refill = |payload: Payload| {
-            let request = Request::new(Operation::Store {
-                mode: StoreMode::Set,
-                key: key.clone(),
-                payload,
-                ttl: self.layer.ttl,
-            })
-            .with_purpose(Purpose::Refill);
-            let request = match deadline {
-                Some(deadline) => request.with_deadline(deadline),
-                None => request,
-            };
-            let service = self.inner.clone();
-            async move { request.ask(service).await.map(drop) }
-        };
-        let within = self.layer.load_timeout;
-        self.flights.load(&key, within, None, load, refill).await
     }
 }

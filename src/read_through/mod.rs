@@ -1,33 +1,34 @@
-//! Database fallback: what the cache does not have, or cannot give, is loaded and put back.
+//! Database fallback: what the cache does not have, or cannot give, is loaded and put back; and
+//! however bad the cache's day is, the database sees a bounded number and rate of loads.
 //!
-//! Loads are coalesced: of all who miss on a key in this process at once, one loads. With
-//! [`Client::get_or_load`](crate::Client::get_or_load) the loader is a closure of the caller's;
-//! [`ReadThroughLayer`] puts a shared [`Loader`] under a whole stack. Both are the same engine
-//! (`flight.rs`).
+//! [`Client::get_or_load`](crate::Client::get_or_load) and
+//! [`get_many_or_load`](crate::Client::get_many_or_load) load with a closure of the caller's;
+//! [`ReadThroughLayer`] puts a shared [`Loader`] under a whole stack. All are the same engine
+//! (`engine.rs`), and [`ReadThroughSettings`] are the same for all:
 //!
-//! A value that is loaded is given to everybody who waits before it is written to the cache; a
-//! write that fails costs the next reader a load and is counted
-//! ([`telemetry::REFILLS_FAILED`](crate::telemetry::REFILLS_FAILED)).
+//! - of all who miss on a key in this process at once one loads (`flight.rs`), and with leases of all
+//!   processes one;
+//! - a [`LoadGuard`] limits the loads at once and their rate, and sheds them when the database fails;
+//! - what was loaded is written behind the answer, unless the key was written or invalidated during
+//!   the load ([`Client::invalidate`](crate::Client::invalidate));
+//! - a value that is old may stand in while it is loaded anew, or if it cannot be loaded.
+//!
+//! `docs/DATABASE_FALLBACK.md` says how to choose the settings.
 
+mod blocking;
+mod elsewhere;
+mod engine;
 mod flight;
+mod freshness;
+mod guard;
 mod layer;
+mod loads;
+mod settings;
 
-pub(crate) use flight::Flights;
+pub use blocking::BlockingLoader;
+pub use engine::Cache;
+pub(crate) use engine::{Engine, Query};
+pub use guard::{LoadGuard, LoadLimits, LoadStatus, LoadsShed};
 pub use layer::{Loader, ReadThrough, ReadThroughLayer};
-
-use crate::error::{ErrorKind, Result};
-use crate::value::Value;
-
-/// What a read of the cache settles by itself: hits, and errors that a load cannot mend. A miss
-/// and a failing cache are for the loader.
-pub(crate) fn settled(cached: Result<Option<Value>>) -> Option<Result<Option<Value>>> {
-    match cached {
-        Ok(Some(value)) => Some(Ok(Some(value))),
-        Ok(None) => None,
-        Err(error) if error.is_caller_mistake() && error.kind() != ErrorKind::ValueTooLarge => {
-            Some(Err(error))
-        }
-        Err(error) if error.kind() == ErrorKind::Shutdown => Some(Err(error)),
-        Err(_) => None,
-    }
-}
+pub(crate) use loads::Loads;
+pub use settings::ReadThroughSettings;

@@ -1,0 +1,134 @@
+//! Values that are there, and being loaded anew by somebody else.
+//!
+//! memcached tells one reader of an old value to load it, and everybody else that somebody does. It
+//! says no more if that one dies. So what was said is remembered for as long as a lease, in which
+//! nobody here tries to load the value; after that somebody does.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::key::Key;
+use crate::value::CasToken;
+
+/// Beyond that many keys nothing more is remembered: old values are then asked for at each read.
+const CAPACITY: usize = 4096;
+
+pub(super) struct Elsewhere {
+    lease: Duration,
+    noted: Mutex<HashMap<Key, Noted>>,
+}
+
+/// A version that is being replaced, since when it is.
+struct Noted {
+    token: CasToken,
+    since: Instant,
+}
+
+impl Elsewhere {
+    pub(super) fn new(lease: Duration) -> Self {
+        Self {
+            lease,
+            noted: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Noted>> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody has just been told to load this version anew, or has been for a while.
+    pub(super) fn note(&self, key: &Key, token: CasToken) {
+        let mut noted = self.lock();
+        let now = Instant::now();
+        if noted.len() >= CAPACITY && !noted.contains_key(key) {
+            noted.retain(|_, noted| now.duration_since(noted.since) < self.lease);
+            if noted.len() >= CAPACITY {
+                return;
+            }
+        }
+        let known = noted.get(key);
+        let since = match known {
+            Some(known) if known.token == token && !self.has_passed(known, now) => known.since,
+            _ => now,
+        };
+        noted.insert(key.clone(), Noted { token, since });
+    }
+
+    /// Whether somebody is loading this version anew.
+    pub(super) fn is_at_it(&self, key: &Key, token: CasToken) -> bool {
+        self.ask(key, token, |passed| !passed)
+    }
+
+    /// Whether somebody should have loaded this version anew by now.
+    pub(super) fn is_overdue(&self, key: &Key, token: CasToken) -> bool {
+        self.ask(key, token, |passed| passed)
+    }
+
+    fn ask(&self, key: &Key, token: CasToken, answer: impl FnOnce(bool) -> bool) -> bool {
+        let noted = self.lock();
+        let known = noted.get(key).filter(|noted| noted.token == token);
+        known.is_some_and(|known| answer(self.has_passed(known, Instant::now())))
+    }
+
+    fn has_passed(&self, noted: &Noted, now: Instant) -> bool {
+        now.duration_since(noted.since) >= self.lease
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(2);
+
+    fn key(number: usize) -> Key {
+        Key::new(format!("key-{number}")).unwrap()
+    }
+
+    fn token(unique: u64) -> CasToken {
+        CasToken {
+            node: NonZeroU32::MIN,
+            connection: 1,
+            unique,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn somebody_has_a_lease_long_to_replace_a_version() {
+        let elsewhere = Elsewhere::new(LEASE);
+        assert!(!elsewhere.is_at_it(&key(1), token(1)));
+        elsewhere.note(&key(1), token(1));
+        tokio::time::advance(LEASE - Duration::from_millis(1)).await;
+        // That it is still so is no news.
+        elsewhere.note(&key(1), token(1));
+        assert!(elsewhere.is_at_it(&key(1), token(1)));
+        assert!(!elsewhere.is_at_it(&key(1), token(2)), "another version");
+        assert!(!elsewhere.is_overdue(&key(1), token(1)));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(elsewhere.is_overdue(&key(1), token(1)));
+        assert!(!elsewhere.is_overdue(&key(1), token(2)));
+        assert!(!elsewhere.is_at_it(&key(1), token(1)));
+        // Who takes over has as long.
+        elsewhere.note(&key(1), token(1));
+        assert!(elsewhere.is_at_it(&key(1), token(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_bounded_and_makes_room_when_leases_have_passed() {
+        let elsewhere = Elsewhere::new(LEASE);
+        for number in 0..CAPACITY {
+            elsewhere.note(&key(number), token(1));
+        }
+        elsewhere.note(&key(CAPACITY), token(1));
+        assert!(!elsewhere.is_at_it(&key(CAPACITY), token(1)));
+        tokio::time::advance(LEASE).await;
+        elsewhere.note(&key(CAPACITY), token(1));
+        assert!(elsewhere.is_at_it(&key(CAPACITY), token(1)));
+        assert_eq!(elsewhere.lock().len(), 1);
+    }
+}

@@ -1,0 +1,147 @@
+//! What a guard is told, checked once.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use super::rate::Rate;
+use super::throttle::Throttle;
+use crate::error::{Error, Result};
+
+/// How much a database, or one group of those who use it, may be asked for; see
+/// [`LoadGuard`](super::LoadGuard).
+///
+/// ```
+/// use std::time::Duration;
+/// use tower_memcached::LoadLimits;
+///
+/// let limits = LoadLimits::default()
+///     .max_concurrent(32)
+///     .max_wait(Duration::from_millis(100))
+///     .rate(500);
+/// ```
+#[derive(Clone, Debug)]
+pub struct LoadLimits {
+    pub(super) max_concurrent: usize,
+    pub(super) max_queue: usize,
+    pub(super) max_wait: Duration,
+    rate: Option<u32>,
+    burst: Option<u32>,
+    throttle: Option<(f64, Duration)>,
+}
+
+impl Default for LoadLimits {
+    fn default() -> Self {
+        Self {
+            max_concurrent: 64,
+            max_queue: 1024,
+            max_wait: Duration::from_millis(250),
+            rate: None,
+            burst: None,
+            throttle: Some((2.0, Duration::from_secs(120))),
+        }
+    }
+}
+
+impl LoadLimits {
+    /// How many loads may run at once; 64 by default. Little more than the connections your
+    /// database pool has is right.
+    #[must_use]
+    pub fn max_concurrent(mut self, loads: usize) -> Self {
+        self.max_concurrent = loads;
+        self
+    }
+
+    /// How many loads may wait until one of those ends; 1024 by default. With 0 none waits.
+    #[must_use]
+    pub fn max_queue(mut self, loads: usize) -> Self {
+        self.max_queue = loads;
+        self
+    }
+
+    /// How long a load may wait until it starts, be it for one of those to end or for the rate;
+    /// 250 ms by default. Whoever asks for it may have less time.
+    ///
+    /// A load of a group may wait this long from when it has its turn in the group, and no longer
+    /// than the group's own time from when it came.
+    #[must_use]
+    pub fn max_wait(mut self, time: Duration) -> Self {
+        self.max_wait = time;
+        self
+    }
+
+    /// How many loads may start each second; by default there is no such limit, since we cannot
+    /// know your database. In any one second no more start than this and the
+    /// [burst](Self::burst) together.
+    #[must_use]
+    pub fn rate(mut self, per_second: u32) -> Self {
+        self.rate = Some(per_second);
+        self
+    }
+
+    /// How many loads may start at once after a while with fewer than the [rate](Self::rate); a
+    /// tenth of the rate by default, and at least 1.
+    ///
+    /// Timers have a granularity of 1 ms: with a burst of less than a thousandth of the rate, the
+    /// rate is not reached.
+    #[must_use]
+    pub fn burst(mut self, loads: u32) -> Self {
+        self.burst = Some(loads);
+        self
+    }
+
+    /// When loads of a failing database are held back: with a probability of `(requests - k *
+    /// accepts) / (requests + 1)` of those sent within `window`. 2 and 2 minutes by default, which
+    /// holds nothing back while at least half of the loads succeed.
+    ///
+    /// A database that fails every load is asked about `sqrt(d / window)` times each second, `d`
+    /// being how many are wanted, and by all within seconds when it is back. After two minutes of
+    /// health it takes one of failures until anything is held back; a shorter window is quicker,
+    /// and a `k` nearer to 1 as well.
+    #[must_use]
+    pub fn throttle(mut self, k: f64, window: Duration) -> Self {
+        self.throttle = Some((k, window));
+        self
+    }
+
+    /// Never holds a load back because others failed.
+    #[must_use]
+    pub fn without_throttle(mut self) -> Self {
+        self.throttle = None;
+        self
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        let refuse = |why: &'static str| Err(Error::configuration(why));
+        if self.max_concurrent == 0 {
+            return refuse("no load may run");
+        }
+        if self.rate == Some(0) || self.burst == Some(0) {
+            return refuse("no load may start");
+        }
+        if self.burst.is_some() && self.rate.is_none() {
+            return refuse("a burst of loads without a rate is no limit");
+        }
+        if let Some((k, window)) = self.throttle {
+            if !(k.is_finite() && k >= 1.0) {
+                return refuse("the throttle's k is not a number from 1 upwards");
+            }
+            if window < Duration::from_secs(1) {
+                return refuse("the throttle's window is shorter than a second");
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn make_rate(&self) -> Option<Rate> {
+        let rate = NonZeroU32::new(self.rate?)?;
+        let burst = self.burst.unwrap_or(rate.get() / 10);
+        Some(Rate::new(
+            rate,
+            NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN),
+        ))
+    }
+
+    pub(super) fn make_throttle(&self) -> Option<Throttle> {
+        self.throttle.map(|(k, window)| Throttle::new(k, window))
+    }
+}
