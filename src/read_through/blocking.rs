@@ -403,6 +403,12 @@ mod tests {
         drop(loader);
         held.go_on.send(()).unwrap();
         held.go_on.send(()).unwrap();
+        in_time(async {
+            while clone.threads.free.available_permits() < 2 {
+                sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
         // Its clone still loads.
         held.go_on.send(()).unwrap();
         assert!(in_time(clone.load(&key)).await.is_ok());

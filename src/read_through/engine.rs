@@ -487,7 +487,7 @@ impl Engine {
                 settled.extend(wanted.drain(..).map(late));
                 break;
             }
-            let (mut led, mut aboard, mut again) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut led, mut aboard) = (Vec::new(), Vec::new());
             for wanted in wanted.drain(..) {
                 let seat = self.flights.board(&wanted.key, &wanted.sighting);
                 match seat.try_turn() {
@@ -500,37 +500,43 @@ impl Engine {
             if !led.is_empty() {
                 settled.extend(loads.lead(self, query, led, terms).await);
             }
-            for (wanted, seat) in aboard {
+            // Nobody is waited for who may wait for what is led here: that has ended.
+            let mut aboard = aboard.into_iter();
+            for (one, seat) in aboard.by_ref() {
                 let turn = match until(self.spawner.as_ref(), terms.ends, seat.turn()).await {
-                    Ok(turn) => turn,
+                    Ok(Some(turn)) => turn,
+                    Ok(None) => {
+                        settled.push(one.conclude(Err(out_of_time())));
+                        continue;
+                    }
                     Err(error) => {
-                        settled.push(wanted.conclude(Err(error)));
+                        settled.push(one.conclude(Err(error)));
                         continue;
                     }
                 };
-                let Some(_turn) = turn else {
-                    settled.push(wanted.conclude(Err(out_of_time())));
-                    continue;
-                };
-                match seat.outcome(&wanted.sighting) {
-                    Some(Ok(outcome)) => settled.push(wanted.conclude(outcome.result)),
-                    // Who led it has left.
-                    None => again.push((wanted, false)),
+                match seat.outcome(&one.sighting) {
+                    Some(Ok(outcome)) => settled.push(one.conclude(outcome.result)),
                     // What it has may be older than what the caller has to see.
-                    Some(Err(Outdated)) => again.push((wanted, true)),
+                    Some(Err(Outdated)) => {
+                        let lookup = self.look_up(query, &one.key).await;
+                        match self.judge(query, one.index, one.key, lookup) {
+                            Verdict::Settled(result) => settled.push((one.index, result)),
+                            Verdict::Refresh(one) | Verdict::Fetch(one) => wanted.push(one),
+                        }
+                    }
+                    // Who led it has left, and it is for us now, before anything else.
+                    None => {
+                        let led = vec![Led {
+                            wanted: one,
+                            turn,
+                            seat,
+                        }];
+                        settled.extend(loads.lead(self, query, led, terms).await);
+                        break;
+                    }
                 }
             }
-            for (one, outdated) in again {
-                if !outdated {
-                    wanted.push(one);
-                    continue;
-                }
-                let lookup = self.look_up(query, &one.key).await;
-                match self.judge(query, one.index, one.key, lookup) {
-                    Verdict::Settled(result) => settled.push((one.index, result)),
-                    Verdict::Refresh(one) | Verdict::Fetch(one) => wanted.push(one),
-                }
-            }
+            wanted.extend(aboard.map(|(one, _)| one));
         }
         settled
     }

@@ -9,6 +9,7 @@ mod interleavings;
 mod layers;
 mod lifecycle;
 mod operations;
+mod read_through;
 mod real_memcached;
 mod sockets;
 mod staleness;

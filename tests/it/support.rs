@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use tower_memcached::testing::Server;
-use tower_memcached::{BreakerState, Client, ClientBuilder, Executor, Key, NodeSpec, Ring};
+use tower_memcached::{
+    Address, BoxStream, BreakerState, Client, ClientBuilder, Connecting, Connector, Executor, Key,
+    NodeSpec, Ring,
+};
 
 /// Far more than anything here takes on a busy machine; a test that gets there has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -80,4 +83,30 @@ pub(crate) async fn until_closed<S>(client: &Client<S>, index: usize) {
         assert!(Instant::now() < until, "never closed: {:?}", client.nodes());
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
+}
+
+/// Connects to servers in this process without sockets, so that paused time works: `node-0`,
+/// `node-1` and so on are their places in the list.
+pub(crate) struct InMemory(pub(crate) Vec<Server>);
+
+impl Connector for InMemory {
+    fn connect(&self, address: &Address) -> Connecting {
+        let (host, _) = address.host_and_port().unwrap();
+        let place: usize = host.strip_prefix("node-").unwrap().parse().unwrap();
+        let server = self.0[place].clone();
+        Box::pin(async move {
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            tokio::spawn(server.serve(theirs));
+            Ok(Box::new(ours) as BoxStream)
+        })
+    }
+}
+
+/// A client of these servers in this process, on the test's own runtime.
+pub(crate) fn in_memory(servers: &[Server]) -> ClientBuilder {
+    let nodes = (0..servers.len()).map(|place| format!("node-{place}"));
+    Client::builder()
+        .nodes(nodes)
+        .connector(InMemory(servers.to_vec()))
+        .executor(Executor::current())
 }

@@ -70,8 +70,8 @@ impl Bulkhead {
     }
 }
 
-/// A place in the queue, given back when it is dropped. The order is that of the calls of
-/// [`turn`](Self::turn).
+/// A place in the queue, given back when it is dropped, which is after the wait. The order is that
+/// of the calls of [`turn`](Self::turn).
 #[derive(Debug)]
 pub(crate) struct Ticket {
     free: Arc<Semaphore>,
@@ -85,10 +85,9 @@ impl Ticket {
     /// There is no runtime for a timer.
     ///
     /// # Cancel safety
-    /// Dropping the future gives the place in the queue back, and the place itself where it had
-    /// just become this one's.
+    /// Dropping the future ends the wait, and gives a place back that had just become this one's.
     pub(crate) async fn turn(
-        self,
+        &mut self,
         moment: Instant,
         spawner: Option<&Spawner>,
     ) -> Result<Option<Place>> {
@@ -113,6 +112,7 @@ pub(crate) struct Place(
 
 #[cfg(test)]
 mod tests {
+    use std::future::Future;
     use std::pin::pin;
     use std::time::Duration;
 
@@ -130,13 +130,19 @@ mod tests {
         Instant::now() + Duration::from_secs(1)
     }
 
+    /// Lines up at once, and waits for a second when polled.
+    fn wait_in(bulkhead: &Bulkhead) -> impl Future<Output = Result<Option<Place>>> {
+        let mut ticket = bulkhead.line_up().unwrap();
+        async move { ticket.turn(soon(), None).await }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn places_and_queue_are_bounded_and_come_back() {
         let bulkhead = Bulkhead::new(2, 1);
         let first = bulkhead.try_enter().unwrap();
         let _second = bulkhead.try_enter().unwrap();
         assert!(bulkhead.try_enter().is_none());
-        let mut third = pin!(bulkhead.line_up().unwrap().turn(soon(), None));
+        let mut third = pin!(wait_in(&bulkhead));
         assert!((&mut third).now_or_never().is_none());
         assert!(bulkhead.line_up().is_none(), "the queue holds one");
         drop(first);
@@ -156,9 +162,9 @@ mod tests {
         let place = bulkhead.try_enter().unwrap();
         let order = std::sync::Mutex::new(Vec::new());
         let waiting = join_all((0..100).map(|n| {
-            let (ticket, order) = (bulkhead.line_up().unwrap(), &order);
+            let (waiting, order) = (wait_in(&bulkhead), &order);
             async move {
-                let place = ticket.turn(soon(), None).await.unwrap().unwrap();
+                let place = waiting.await.unwrap().unwrap();
                 order.lock().unwrap().push(n);
                 yield_now().await;
                 drop(place);
@@ -174,7 +180,7 @@ mod tests {
         let bulkhead = Bulkhead::new(1, 1);
         let _place = bulkhead.try_enter().unwrap();
         let begun = Instant::now();
-        let late = bulkhead.line_up().unwrap().turn(soon(), None).await;
+        let late = wait_in(&bulkhead).await;
         assert!(late.unwrap().is_none());
         assert_eq!(begun.elapsed(), Duration::from_secs(1));
         assert_eq!(queued(&bulkhead), 0);
@@ -184,8 +190,8 @@ mod tests {
     async fn who_is_dropped_in_the_queue_or_on_the_doorstep_leaves_nothing_behind() {
         let bulkhead = Bulkhead::new(1, 2);
         let place = bulkhead.try_enter().unwrap();
-        let mut leaves = Box::pin(bulkhead.line_up().unwrap().turn(soon(), None));
-        let mut stays = pin!(bulkhead.line_up().unwrap().turn(soon(), None));
+        let mut leaves = Box::pin(wait_in(&bulkhead));
+        let mut stays = pin!(wait_in(&bulkhead));
         assert!((&mut leaves).now_or_never().is_none());
         assert!((&mut stays).now_or_never().is_none());
         // Its turn has come, but it has not been told when it goes.
@@ -202,7 +208,7 @@ mod tests {
     fn without_a_runtime_or_an_executor_a_wait_is_a_typed_error() {
         let bulkhead = Bulkhead::new(1, 1);
         let _place = bulkhead.try_enter().unwrap();
-        let waiting = bulkhead.line_up().unwrap().turn(soon(), None);
+        let waiting = wait_in(&bulkhead);
         let error = futures::executor::block_on(waiting).unwrap_err();
         assert_eq!(error.kind(), crate::ErrorKind::NoRuntime);
         assert_eq!(queued(&bulkhead), 0);

@@ -259,9 +259,10 @@ impl Level {
         let Patience::Until(moment) = patience else {
             return Err(self.shed(Shed::QueueFull));
         };
-        let Some(ticket) = self.bulkhead.line_up() else {
+        let Some(mut ticket) = self.bulkhead.line_up() else {
             return Err(self.shed(Shed::QueueFull));
         };
+        // Dropped before the ticket is, so that never more are said to wait than may.
         let _queued = self.queued.enter();
         let place = ticket.turn(moment, spawner).await?;
         place.ok_or_else(|| self.shed(Shed::Waited))

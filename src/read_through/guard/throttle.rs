@@ -36,6 +36,10 @@ use tokio::time::Instant;
 
 const BUCKETS: usize = 24;
 
+/// Of fewer loads in the window nothing can be told: with the formula alone a service that loads once
+/// a minute would, after one failure, not load at all half of the time.
+const LEAST: u64 = 10;
+
 /// What the loads of one guard came to, of late.
 #[derive(Debug)]
 pub(super) struct Throttle {
@@ -140,6 +144,9 @@ impl Window {
 }
 
 fn probability(k: f64, requests: u64, accepts: u64) -> f64 {
+    if requests < LEAST {
+        return 0.0;
+    }
     let (requests, accepts) = (requests as f64, accepts as f64);
     ((requests - k * accepts) / (requests + 1.0)).max(0.0)
 }
@@ -150,6 +157,19 @@ mod tests {
     use tokio::time::advance;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_few_failures_tell_nothing() {
+        let throttle = throttle();
+        for _ in 1..LEAST {
+            let load = throttle.sent();
+            throttle.failed(load);
+            assert_eq!(throttle.probability(), 0.0);
+        }
+        let load = throttle.sent();
+        throttle.failed(load);
+        assert!(throttle.probability() > 0.9);
+    }
 
     const MINUTES: Duration = Duration::from_secs(120);
     /// Loads wanted each second.
@@ -272,20 +292,29 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn buckets_slide_out_one_by_one() {
         let throttle = throttle();
-        let early = throttle.sent();
-        throttle.failed(early);
+        let fails = || {
+            let load = throttle.sent();
+            throttle.failed(load);
+            load
+        };
+        let early = (0..10).map(|_| fails()).last().unwrap();
         advance(MINUTES / 2).await;
-        let late = throttle.sent();
-        throttle.failed(late);
-        assert_eq!(throttle.probability(), 2.0 / 3.0);
+        for _ in 0..10 {
+            fails();
+        }
+        assert_eq!(throttle.probability(), 20.0 / 21.0);
         advance(MINUTES / 2).await;
-        assert_eq!(throttle.probability(), 1.0 / 2.0);
+        assert_eq!(throttle.probability(), 10.0 / 11.0);
         // The failure of a load whose bucket is gone is not that of another's.
         let new = throttle.sent();
         throttle.failed(early);
-        assert_eq!(throttle.probability(), 0.0, "two sent, one accepted");
+        assert_eq!(
+            throttle.probability(),
+            9.0 / 12.0,
+            "eleven sent, one accepted"
+        );
         throttle.failed(new);
-        assert_eq!(throttle.probability(), 2.0 / 3.0);
+        assert_eq!(throttle.probability(), 11.0 / 12.0);
         advance(Duration::from_secs(3600)).await;
         assert_eq!(throttle.probability(), 0.0);
     }
