@@ -80,7 +80,7 @@ impl Table {
     }
 
     /// Reads the row at once and then takes its time: what it returns is as old as it may be.
-    async fn load(&self) -> Result<Option<String>, BoxError> {
+    async fn read(&self) -> Result<Option<String>, BoxError> {
         let value = self.0.value.lock().unwrap().clone();
         self.0.loads.fetch_add(1, Ordering::Relaxed);
         let running = self.0.running.fetch_add(1, Ordering::Relaxed) + 1;
@@ -91,14 +91,14 @@ impl Table {
     }
 
     async fn get(&self, client: &Client) -> Result<Option<String>, tower_memcached::Error> {
-        let value = client.get_or_load("k", TTL, || self.load()).await?;
+        let value = client.get_or_load("k", TTL, || self.read()).await?;
         Ok(value.map(|value| String::from_utf8(value.to_vec()).unwrap()))
     }
 }
 
 impl Loader for Table {
     async fn load(&self, _: &Key) -> Result<Option<Payload>, BoxError> {
-        Ok(Table::load(self).await?.map(Payload::from))
+        Ok(self.read().await?.map(Payload::from))
     }
 }
 
@@ -261,7 +261,7 @@ async fn a_winner_that_leaves_fails_or_finds_nothing_gives_its_lease_up() {
         };
         let other = async {
             sleep(ms(5)).await;
-            clients[1].get_or_load(&key, TTL, || table.load()).await
+            clients[1].get_or_load(&key, TTL, || table.read()).await
         };
         let ((), value) = tokio::join!(winner, other);
         assert_eq!(value.unwrap().unwrap(), "v");
@@ -295,7 +295,7 @@ async fn a_leader_that_is_dropped_panics_or_hangs_hands_over() {
             started.notified().await;
             // Who began with the leader has no more time than that.
             sleep(ms(500)).await;
-            join_all((0..100).map(|_| client.get_or_load(&key, TTL, || table.load()))).await
+            join_all((0..100).map(|_| client.get_or_load(&key, TTL, || table.read()))).await
         };
         let ((), values) = tokio::join!(leader, waiters);
         for value in values {
@@ -440,7 +440,7 @@ async fn old_values_stand_in_when_the_database_fails_or_sheds_for_so_long_and_no
         table.fail();
         // What the guard has left is used up.
         let _ = guard.run(async { Ok::<_, BoxError>(()) }).await;
-        let value = client.get_or_load("k", TTL, || table.load()).await;
+        let value = client.get_or_load("k", TTL, || table.read()).await;
         let value = value.unwrap().unwrap();
         assert!(value.is_stale());
         assert_eq!(value, "v");
@@ -682,7 +682,7 @@ async fn a_dead_cache_is_a_guarded_database() {
         let (client, table) = (client.clone(), table.clone());
         async move {
             let key = format!("k{n}");
-            client.get_or_load(key, TTL, || table.load()).await
+            client.get_or_load(key, TTL, || table.read()).await
         }
     });
     let (mut loaded, mut shed) = (0, 0);
@@ -700,6 +700,7 @@ async fn a_dead_cache_is_a_guarded_database() {
 #[tokio::test]
 async fn a_blocking_loader_blocks_nobody() {
     let server = Server::new();
+    #[expect(clippy::disallowed_methods, reason = "what a driver that blocks does")]
     let load = |_: &Key| {
         std::thread::sleep(ms(200));
         Ok::<_, std::io::Error>(Some("v"))
