@@ -1,0 +1,8 @@
+//! Reading through to real databases: SQLite in a file, and a PostgreSQL server that the test starts. What they are
+//! and how to make them fail is in `support`.
+#![cfg(all(feature = "testing", target_os = "linux"))]
+
+mod databases;
+mod read_through;
+mod servers;
+mod support;
