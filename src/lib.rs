@@ -46,6 +46,13 @@
 //! elsewhere meanwhile is deleted on it first, so that nothing older is ever read.
 //! `docs/FAILURE_MODES.md` has it step by step.
 //!
+//! # When the cache misses
+//!
+//! [`Client::get_or_load`] loads from the database, and sees to it that the database never gets more
+//! loads than a [`LoadGuard`] lets pass, that of all who miss on a key one loads, and that what was
+//! [invalidated](Client::invalidate) is not read any more. [`read_through`] has the parts, and
+//! `docs/DATABASE_FALLBACK.md` how to choose the limits.
+//!
 //! # Feature flags
 //!
 //! - `testing`: an in-process memcached with run-time faults, a TCP proxy with toxics, and control
@@ -101,7 +108,8 @@ pub use transport::{
 pub use ttl::Ttl;
 pub use value::{CasToken, Payload, Value};
 
-/// Compiles the README's example.
+/// Compiles the README's example, and that of the guide.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
-struct ReadmeExamples;
+#[doc = include_str!("../docs/DATABASE_FALLBACK.md")]
+struct Examples;

@@ -12,7 +12,7 @@ use crate::error::{BoxError, Result};
 use crate::executor::after;
 use crate::key::{IntoKey, Key};
 use crate::read_through::{Cache, Loads, Query};
-use crate::request::{Direction, Operation, Request, StoreMode};
+use crate::request::{Direction, Operation, Purpose, Request, StoreMode};
 use crate::response::{CasOutcome, NodeResult, Response};
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
@@ -484,6 +484,13 @@ impl<S: Cache> Client<S> {
         let key = key.into_key()?;
         let by = after(Instant::now(), self.shared.timeout);
         self.shared.reads.forget(&key, by).await;
-        self.delete(&key).await.map(drop)
+        let deleted = self.delete(&key).await;
+        if deleted.is_err() {
+            // Why ever it was not deleted, what the node has must not be read.
+            let delete = Request::new(Operation::Delete { key });
+            // The answer is that it has been taken note of.
+            let _ = self.call(delete.with_purpose(Purpose::Note)).await;
+        }
+        deleted.map(drop)
     }
 }

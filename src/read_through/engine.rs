@@ -517,6 +517,7 @@ impl Engine {
                 match seat.outcome(&one.sighting) {
                     Some(Ok(outcome)) => settled.push(one.conclude(outcome.result)),
                     // What it has may be older than what the caller has to see.
+                    Some(Err(Outdated)) if Instant::now() >= query.cache_ends => wanted.push(one),
                     Some(Err(Outdated)) => {
                         let lookup = self.look_up(query, &one.key).await;
                         match self.judge(query, one.index, one.key, lookup) {

@@ -71,22 +71,26 @@ impl Outcome {
     fn serves(&self, asker: &Sighting) -> bool {
         match &self.source {
             Source::Cache(asked) => asker.asked <= *asked,
-            Source::Load(load) => load.serves(asker),
+            Source::Load(load) => load.serves(asker) == Some(true),
             Source::Nowhere => true,
         }
     }
 }
 
 impl Load {
-    /// An invalidation, by whomever, takes away what the cache had when the load began. One in this
-    /// process ends the flight as well ([`Flights::outdate`]), so where the cache tells nothing
-    /// there is nothing to be held against it.
-    fn serves(&self, asker: &Sighting) -> bool {
-        asker.asked <= self.begun
-            || match (asker.seen, self.token) {
-                (Seen::Vacancy(seen), Some(token)) => seen == Some(token),
-                _ => true,
-            }
+    /// Whether what it gives is no older than anything that was invalidated before the asker began;
+    /// `None` if that cannot be told. An invalidation, by whomever, takes away what the cache had
+    /// when the load began; where there are no leases those in this process are all that count, and
+    /// they end the flight ([`Flights::outdate`]).
+    fn serves(&self, asker: &Sighting) -> Option<bool> {
+        if asker.asked <= self.begun {
+            return Some(true);
+        }
+        match (asker.seen, self.token) {
+            (Seen::Unleased(_), _) => Some(true),
+            (Seen::Vacancy(seen), Some(token)) => Some(seen == Some(token)),
+            (Seen::Vacancy(_), None) | (Seen::Failure, _) => None,
+        }
     }
 }
 
@@ -154,7 +158,9 @@ impl Table {
 }
 
 impl Flights {
-    /// Boards the key's flight, or a new one if that would not do for the asker.
+    /// Boards the key's flight, or a new one if that will not do for the asker. If that cannot be
+    /// told it is the same: who finds out in the end that it does not has waited for a load that
+    /// somebody had begun anyway, and does so with all who are in the same case.
     pub(super) fn board(&self, key: &Key, asker: &Sighting) -> Seat {
         let mut flights = self.0.lock();
         let flight = flights.entry(key.clone()).or_default();
@@ -204,7 +210,7 @@ impl State {
     fn may_serve(&self, asker: &Sighting) -> bool {
         match (&self.outcome, &self.load) {
             (Some(outcome), _) => outcome.serves(asker),
-            (None, Some(load)) => load.serves(asker),
+            (None, Some(load)) => load.serves(asker) != Some(false),
             (None, None) => true,
         }
     }
