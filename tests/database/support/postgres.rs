@@ -1,6 +1,6 @@
 //! [`Postgres`]: a real PostgreSQL server of a test's own.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt as _;
@@ -194,7 +194,11 @@ fn launch(connections: u32) -> Result<Postgres, String> {
     let named = env::var_os("POSTGRES_BIN");
     let path = env::var_os("PATH").unwrap_or_default();
     let bin = binaries(named, &path, Path::new(INSTALLED))?;
-    let failed = |error: io::Error| format!("PostgreSQL cannot be started: {error}");
+    let temporary = env::temp_dir();
+    let failed = |error: io::Error| {
+        let temporary = temporary.display();
+        format!("PostgreSQL cannot be started in {temporary}, as an unprivileged user: {error}")
+    };
     let directory = Scratch::new("tower-memcached-postgres").map_err(failed)?;
     let settings = [
         "listen_addresses=".to_owned(),
@@ -265,11 +269,7 @@ fn launch(connections: u32) -> Result<Postgres, String> {
 
 /// The directory with the programs of PostgreSQL: the one named, or one of the path, or that of the
 /// newest version among those installed.
-fn binaries(
-    named: Option<OsString>,
-    path: &std::ffi::OsStr,
-    installed: &Path,
-) -> Result<PathBuf, String> {
+fn binaries(named: Option<OsString>, path: &OsStr, installed: &Path) -> Result<PathBuf, String> {
     let has_all = |bin: &PathBuf| {
         ["initdb", "postgres"]
             .iter()
