@@ -40,14 +40,14 @@ pub(crate) enum Items {
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("SQLite: {0}")]
+    #[error("SQLite failed")]
     Sqlite(#[from] rusqlite::Error),
-    #[error("PostgreSQL: {0}")]
+    #[error("PostgreSQL failed")]
     Postgres(#[from] tokio_postgres::Error),
     /// All of the pool's connections are in use, or none can be made.
     #[error("no connection to the database within {0:?}")]
     NoConnection(std::time::Duration),
-    #[error("the query's thread: {0}")]
+    #[error("a query panicked")]
     Thread(#[from] tokio::task::JoinError),
 }
 
