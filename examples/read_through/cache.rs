@@ -1,9 +1,10 @@
 //! The cache: three memcached servers in this process, which can be killed.
 
 use std::io;
+use std::time::Duration;
 
 use tower_memcached::testing::Server;
-use tower_memcached::{Client, Error};
+use tower_memcached::{Client, Error, LoadGuard, LoadLimits, ReadThroughSettings};
 
 const NODES: usize = 3;
 
@@ -25,9 +26,17 @@ impl Cache {
         addresses.map(|address| address.to_string()).collect()
     }
 
-    /// A client with all the defaults.
-    pub(crate) fn client(&self) -> Result<Client, Error> {
-        Client::builder().nodes(self.addresses()).build()
+    /// A client that loads no more than it is said to, and gives old values for a minute meanwhile.
+    pub(crate) fn client(&self, limits: LoadLimits) -> Result<Client, Error> {
+        let settings = ReadThroughSettings::default()
+            .guard(LoadGuard::new("items", limits)?)
+            .stale_while_revalidate(Duration::from_secs(60))
+            .stale_if_error(Duration::from_secs(60))
+            .negative_ttl(Duration::from_secs(10));
+        Client::builder()
+            .nodes(self.addresses())
+            .read_through(settings)
+            .build()
     }
 
     /// As if all of the processes had been killed: connections end, and no new ones are to be had.

@@ -81,7 +81,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
     );
     let store = Arc::new(store.await?);
     let cache = Cache::start().await?;
-    let client = cache.client()?;
+    let client = cache.client(options.limits())?;
     let service = Service::new(client.clone(), store.clone());
     println!("{}", report::introduce(&options, &store, &cache));
 

@@ -3,6 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use tower_memcached::LoadLimits;
+
 pub(crate) const HELP: &str = "\
 A service that reads items through a cache from a database.
 
@@ -18,6 +20,7 @@ The header x-outcome of an answer says where it is from.
                                   a schema read_through_example, which stays
   --items N                       how many items there are [5000]
   --load-ms N                     how much longer than it really takes a load is made to take [10]
+  --load-rate N                   how many loads per second the database is to get at most [400]
   --listen ADDRESS                where to serve [127.0.0.1:8080; with --storm, any free port]
   --storm                         load the service, and kill the whole cache meanwhile
   --rate N                        requests per second, open loop [2000]
@@ -36,8 +39,27 @@ pub(crate) struct Options {
     pub(crate) postgres: Option<String>,
     pub(crate) items: u32,
     pub(crate) load_cost: Duration,
+    pub(crate) load_rate: u32,
     pub(crate) listen: SocketAddr,
     pub(crate) storm: Option<Storm>,
+}
+
+/// Some connections are left for those who write.
+pub(crate) const LOADS_AT_ONCE: usize = 6;
+
+impl Options {
+    /// What the database can be asked to load (docs/DATABASE_FALLBACK.md says how to choose it).
+    pub(crate) fn limits(&self) -> LoadLimits {
+        const MAX_WAIT: Duration = Duration::from_millis(100);
+        let tenth = (self.load_rate / 10).max(1);
+        LoadLimits::default()
+            .max_concurrent(LOADS_AT_ONCE)
+            .rate(self.load_rate)
+            .burst(tenth)
+            .max_wait(MAX_WAIT)
+            // As many as can have their turn in that time.
+            .max_queue(tenth as usize)
+    }
 }
 
 /// The load, and how many seconds each part of it takes.
@@ -59,7 +81,7 @@ pub(crate) enum Parsed {
 pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, String> {
     let mut arguments = arguments;
     let (mut postgres, mut items, mut listen) = (None, 5_000, None);
-    let mut load_ms = 10;
+    let (mut load_ms, mut load_rate) = (10, 400);
     let mut storm = Storm {
         rate: 2_000,
         warm_up: 5,
@@ -100,6 +122,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
             ("--rate", _) => storm.rate = number(&option, &value()?, 50_000)?,
             ("--items", _) => items = number(&option, &value()?, 1_000_000)?,
             ("--load-ms", _) => load_ms = number(&option, &value()?, 1_000)?,
+            ("--load-rate", _) => load_rate = number(&option, &value()?, 1_000_000)?,
             ("--postgres", _) => postgres = Some(value()?),
             ("--listen", _) => {
                 let value = value()?;
@@ -111,7 +134,13 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
             }
             _ => return Err(format!("there is no option {option}")),
         }
-        let of_the_service = ["--items", "--load-ms", "--listen", "--postgres"];
+        let of_the_service = [
+            "--items",
+            "--load-ms",
+            "--load-rate",
+            "--listen",
+            "--postgres",
+        ];
         if !of_the_service.contains(&option.as_str()) {
             of_the_storm = Some(option);
         }
@@ -124,6 +153,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
         postgres,
         items,
         load_cost: Duration::from_millis(load_ms.into()),
+        load_rate,
         listen: listen.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
         storm: storms.then_some(storm),
     }))

@@ -1,7 +1,7 @@
 //! What is printed.
 
 use crate::cache::Cache;
-use crate::options::Options;
+use crate::options::{LOADS_AT_ONCE, Options};
 use crate::service::Outcome;
 use crate::store::{CONNECTIONS, Store};
 use crate::storm::{PATIENCE, Phase, UPDATES_PERCENT};
@@ -12,10 +12,12 @@ pub(crate) fn introduce(options: &Options, store: &Store, cache: &Cache) -> Stri
     let mut text = format!(
         "{} items in {}, with {CONNECTIONS} connections. Each load is made to take {cost:?}\n\
          longer than it does, so the database has fewer than {:.0} loads a second in it.\n\
+         It is asked for at most {} of them, {LOADS_AT_ONCE} at once.\n\
          The cache is {}, in this process.",
         options.items,
         store.kind(),
         f64::from(CONNECTIONS) / cost.as_secs_f64(),
+        options.load_rate,
         cache.addresses().join(", "),
     );
     if let Some(storm) = &options.storm {
@@ -23,7 +25,8 @@ pub(crate) fn introduce(options: &Options, store: &Store, cache: &Cache) -> Stri
             "\n{} requests a second over HTTP, {UPDATES_PERCENT} % of them updates, for items by Zipf's law.\n\
              After {} s the whole cache is killed for {} s, and comes back empty.\n\n\
              Each line is a second: the requests that were due in it; how many have ended in it,\n\
-             and how (hit: without a load of their own; failed: an error, or nothing within {PATIENCE:?});\n\
+             and how (hit: without a load of their own; stale: past its TTL, while it is loaded anew;\n\
+             shed: not loaded, to spare the database; failed: an error, or nothing within {PATIENCE:?});\n\
              the loads that the database was asked for, and the most of its connections in use\n\
              at once; and the latency since a request was due.",
             storm.rate,

@@ -8,7 +8,7 @@ use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde_json::{Value, json};
-use tower_memcached::{Client, Ttl};
+use tower_memcached::{Client, ErrorKind, Ttl};
 
 use crate::items::Error;
 use crate::store::Store;
@@ -16,7 +16,8 @@ use crate::store::Store;
 /// The header with an answer's [`Outcome`].
 pub(crate) const OUTCOME: HeaderName = HeaderName::from_static("x-outcome");
 
-const TTL: Ttl = Ttl::secs(300);
+/// Short, so that there are stale values to be seen in a storm of some seconds.
+const TTL: Ttl = Ttl::secs(10);
 
 #[derive(Clone)]
 pub(crate) struct Service {
@@ -29,8 +30,12 @@ pub(crate) struct Service {
 pub(crate) enum Outcome {
     /// Read without a load of its own: from the cache, or sharing what another request loads.
     Hit,
+    /// Read from the cache although it is past its TTL: it is being loaded anew, or cannot be.
+    Stale,
     /// Read from the database.
     Loaded,
+    /// Not read at all, to spare the database.
+    Shed,
     /// Written to the database.
     Updated,
     Failed,
@@ -38,9 +43,11 @@ pub(crate) enum Outcome {
 
 impl Outcome {
     /// In the order of their columns, and of the variants.
-    pub(crate) const ALL: [(Self, &'static str); 4] = [
+    pub(crate) const ALL: [(Self, &'static str); 6] = [
         (Self::Hit, "hit"),
+        (Self::Stale, "stale"),
         (Self::Loaded, "loaded"),
+        (Self::Shed, "shed"),
         (Self::Updated, "updated"),
         (Self::Failed, "failed"),
     ];
@@ -79,10 +86,18 @@ async fn read(State(service): State<Service>, Path(id): Path<i64>) -> Response {
     match read {
         // As it is in the cache: JSON that was made when it was loaded.
         Ok(Some(item)) => {
+            if item.is_stale() {
+                outcome = Outcome::Stale;
+            }
             let json = [(header::CONTENT_TYPE, "application/json")];
             answer(outcome, (json, item.into_bytes()))
         }
         Ok(None) => answer(outcome, StatusCode::NOT_FOUND),
+        Err(error) if error.kind() == ErrorKind::LoadShed => {
+            let later = [(header::RETRY_AFTER, "1")];
+            let status = StatusCode::SERVICE_UNAVAILABLE;
+            answer(Outcome::Shed, (status, later, error.to_string()))
+        }
         Err(error) => failed(StatusCode::SERVICE_UNAVAILABLE, &error),
     }
 }
@@ -99,7 +114,7 @@ async fn update(
         Ok(Some(version)) => {
             // Whether or not the cache can be told: the client remembers what it could not delete, and
             // does not read it again.
-            let _ = service.client.delete(key(id)).await;
+            let _ = service.client.invalidate(key(id)).await;
             let version = json!({ "id": id, "version": version });
             answer(Outcome::Updated, Json(version))
         }
