@@ -110,5 +110,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
         served??;
     }
     client.shutdown(Duration::from_secs(1)).await;
+    // A query that takes longer does not keep us, either.
+    let _ = timeout(DRAIN, store.idle()).await;
     Ok(())
 }

@@ -79,6 +79,13 @@ impl Store {
     pub(crate) fn connections(&self) -> &Gauge {
         self.items.connections()
     }
+
+    /// Waits until no query is under way. Those of SQLite go on without whoever asked.
+    pub(crate) async fn idle(&self) {
+        while self.connections().now() > 0 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
 }
 
 async fn in_postgres(mut config: Config) -> Result<Items, Error> {

@@ -292,10 +292,13 @@ impl Load {
             let _inside = inside;
             read.fetch_add(1, Ordering::SeqCst);
             let delay = faults.borrow().delay;
+            // Neither outlasts the database: SQLite's thread is waited for when the test ends.
             if !delay.is_zero() {
-                sleep(delay).await;
+                tokio::select! {
+                    () = sleep(delay) => {}
+                    _dropped = faults.wait_for(|_| false) => {}
+                }
             }
-            // An error is that the database has been dropped.
             let _ = faults.wait_for(|faults| !faults.hangs).await;
         }
     }
