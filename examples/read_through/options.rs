@@ -23,6 +23,7 @@ The header x-outcome of an answer says where it is from.
   --load-rate N                   how many loads per second the database is to get at most [400]
   --listen ADDRESS                where to serve [127.0.0.1:8080; with --storm, any free port]
   --storm                         load the service, and kill the whole cache meanwhile
+  --unguarded                     let all loads through to the database, to see what that is like
   --rate N                        requests per second, open loop [2000]
   --warm-up N                     seconds before the figures count [5]
   --healthy N                     seconds before the outage [5]
@@ -40,6 +41,7 @@ pub(crate) struct Options {
     pub(crate) items: u32,
     pub(crate) load_cost: Duration,
     pub(crate) load_rate: u32,
+    pub(crate) unguarded: bool,
     pub(crate) listen: SocketAddr,
     pub(crate) storm: Option<Storm>,
 }
@@ -50,6 +52,10 @@ pub(crate) const LOADS_AT_ONCE: usize = 6;
 impl Options {
     /// What the database can be asked to load (docs/DATABASE_FALLBACK.md says how to choose it).
     pub(crate) fn limits(&self) -> LoadLimits {
+        if self.unguarded {
+            let all = LoadLimits::default().max_concurrent(1_000_000);
+            return all.without_throttle();
+        }
         const MAX_WAIT: Duration = Duration::from_millis(100);
         let tenth = (self.load_rate / 10).max(1);
         LoadLimits::default()
@@ -89,7 +95,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
         outage: 5,
         after: 10,
     };
-    let (mut storms, mut of_the_storm) = (false, None);
+    let (mut storms, mut of_the_storm, mut unguarded) = (false, None, false);
     while let Some(argument) = arguments.next() {
         let (option, given) = match argument.split_once('=') {
             Some((option, value)) => (option.to_owned(), Some(value.to_owned())),
@@ -101,7 +107,11 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
                 storms = true;
                 continue;
             }
-            ("--help" | "-h" | "--storm", Some(_)) => {
+            ("--unguarded", None) => {
+                unguarded = true;
+                continue;
+            }
+            ("--help" | "-h" | "--storm" | "--unguarded", Some(_)) => {
                 return Err(format!("{option} takes no value"));
             }
             _ => {}
@@ -154,6 +164,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
         items,
         load_cost: Duration::from_millis(load_ms.into()),
         load_rate,
+        unguarded,
         listen: listen.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
         storm: storms.then_some(storm),
     }))

@@ -9,15 +9,21 @@ use crate::tally::Tally;
 
 pub(crate) fn introduce(options: &Options, store: &Store, cache: &Cache) -> String {
     let cost = options.load_cost;
+    let guard = match options.unguarded {
+        true => "It is asked for all of them, whatever it can do.".to_owned(),
+        false => {
+            let rate = options.load_rate;
+            format!("It is asked for at most {rate} of them, {LOADS_AT_ONCE} at once.")
+        }
+    };
     let mut text = format!(
         "{} items in {}, with {CONNECTIONS} connections. Each load is made to take {cost:?}\n\
          longer than it does, so the database has fewer than {:.0} loads a second in it.\n\
-         It is asked for at most {} of them, {LOADS_AT_ONCE} at once.\n\
+         {guard}\n\
          The cache is {}, in this process.",
         options.items,
         store.kind(),
         f64::from(CONNECTIONS) / cost.as_secs_f64(),
-        options.load_rate,
         cache.addresses().join(", "),
     );
     if let Some(storm) = &options.storm {

@@ -17,7 +17,7 @@ use crate::store::Store;
 pub(crate) const OUTCOME: HeaderName = HeaderName::from_static("x-outcome");
 
 /// Short, so that there are stale values to be seen in a storm of some seconds.
-const TTL: Ttl = Ttl::secs(10);
+const TTL: Ttl = Ttl::secs(4);
 
 #[derive(Clone)]
 pub(crate) struct Service {
@@ -51,6 +51,11 @@ impl Outcome {
         (Self::Updated, "updated"),
         (Self::Failed, "failed"),
     ];
+
+    /// Whether it comes with the status of an error.
+    pub(crate) fn is_refusal(self) -> bool {
+        matches!(self, Self::Shed | Self::Failed)
+    }
 
     pub(crate) fn name(self) -> &'static str {
         Self::ALL[self as usize].1

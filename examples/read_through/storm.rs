@@ -160,7 +160,7 @@ impl Users {
         self.idle().push(connection);
         let outcome = answer.header(OUTCOME.as_str()).and_then(Outcome::named);
         // Every item that is asked for is there.
-        let outcome = outcome.filter(|outcome| answer.status == 200 || *outcome == Outcome::Failed);
+        let outcome = outcome.filter(|outcome| answer.status == 200 || outcome.is_refusal());
         outcome.ok_or_else(|| io::Error::other(format!("an answer {}", answer.status)))
     }
 }
