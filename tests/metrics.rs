@@ -113,6 +113,8 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
         assert!(recorder.told(&probed) > 0);
     }
 
+    reads_that_load(&client, &recorder).await;
+
     servers[1].stall();
     let node = format!("node={}", addresses[1]);
     while client.nodes()[1].state == BreakerState::Closed {
@@ -153,4 +155,27 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
         names.keys().all(|name| !name.contains("secret")),
         "{names:?}"
     );
+}
+
+async fn reads_that_load(client: &Client, recorder: &Recorder) {
+    let ended = |result| recorder.told(&[telemetry::READ_THROUGHS, result]);
+    let load = || async { Ok::<_, std::io::Error>(Some("v")) };
+    let read = || client.get_or_load("secret", Ttl::NEVER, load);
+    read().await.unwrap();
+    assert_eq!(ended("result=loaded"), 1);
+    until("it is put back", || {
+        recorder.told(&[telemetry::REFILLS, "result=stored"]) == 1
+    })
+    .await;
+    read().await.unwrap();
+    assert_eq!(ended("result=hit"), 1);
+
+    let fails = || async { Err::<Option<&str>, _>(std::io::Error::other("no")) };
+    let failed = client.get_or_load("secret-none", Ttl::NEVER, fails).await;
+    assert!(failed.is_err());
+    assert_eq!(ended("result=failed"), 1);
+    let guarded = |result| recorder.told(&[telemetry::LOADS_ENDED, "guard=database", result]);
+    assert_eq!(guarded("result=success"), 1);
+    assert_eq!(guarded("result=failure"), 1);
+    assert_eq!(recorder.told(&[telemetry::LOADS_DURATION]), 2);
 }

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, advance, sleep};
 use tower_memcached::testing::Server;
 use tower_memcached::{
-    BlockingLoader, Client, ErrorKind, Key, LoadGuard, LoadLimits, Loader, Payload,
+    BlockingLoader, Client, ErrorKind, GroupLayer, Key, LoadGuard, LoadLimits, Loader, Payload,
     ReadThroughLayer, ReadThroughSettings, Ttl,
 };
 
@@ -695,6 +695,25 @@ async fn a_dead_cache_is_a_guarded_database() {
     }
     assert_eq!((loaded, shed), (12, 88));
     assert!(table.0.most.load(Ordering::Relaxed) <= 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_groups_limits_are_within_those_of_the_database() {
+    let server = Server::new();
+    let table = Table::new("v", ms(10));
+    let limits = LoadLimits::default().max_queue(0).without_throttle();
+    let database = LoadGuard::new("table", limits.clone().max_concurrent(5)).unwrap();
+    let reports = database.group("reports", limits.max_concurrent(2)).unwrap();
+    let everybody = client(&server, exact().guard(database));
+    let group = everybody.layer(GroupLayer::new("reports").prefix("report:"));
+    let group = group.with_read_through(exact().guard(reports)).unwrap();
+    let load = || table.read();
+    let of_the_group = (0..10).map(|n| group.get_or_load(format!("g{n}"), TTL, load));
+    let of_others = (0..10).map(|n| everybody.get_or_load(format!("k{n}"), TTL, load));
+    let (group, others) = tokio::join!(join_all(of_the_group), join_all(of_others));
+    let loaded = |results: Vec<Result<_, _>>| results.into_iter().filter(Result::is_ok).count();
+    assert_eq!((loaded(group), loaded(others)), (2, 3));
+    assert_eq!(table.0.most.load(Ordering::Relaxed), 5);
 }
 
 #[tokio::test]
