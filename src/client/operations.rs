@@ -482,15 +482,20 @@ impl<S: Cache> Client<S> {
     /// in its journal. Others may, until it expires or they invalidate it.
     pub async fn invalidate(&self, key: impl IntoKey) -> Result<()> {
         let key = key.into_key()?;
-        let by = after(Instant::now(), self.shared.timeout);
-        self.shared.reads.forget(&key, by).await;
-        let deleted = self.delete(&key).await;
-        if deleted.is_err() {
-            // Why ever it was not deleted, what the node has must not be read.
-            let delete = Request::new(Operation::Delete { key });
-            // The answer is that it has been taken note of.
-            let _ = self.call(delete.with_purpose(Purpose::Note)).await;
+        let (now, timeout) = (Instant::now(), self.shared.timeout);
+        let delete = Request::new(Operation::Delete { key: key.clone() });
+        let delete = delete.with_deadline(after(now, timeout));
+        let half = after(now, timeout / 2);
+        self.shared.reads.forget(&key, half).await;
+        match self.call(delete.clone()).await {
+            Ok(Response::Deleted(_)) => Ok(()),
+            Ok(other) => Err(misfit(&other)),
+            Err(error) => {
+                // Why ever it was not deleted, what the node has must not be read. The answer is
+                // that it has been taken note of.
+                let _ = self.call(delete.with_purpose(Purpose::Note)).await;
+                Err(error)
+            }
         }
-        deleted.map(drop)
     }
 }

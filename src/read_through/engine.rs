@@ -853,14 +853,25 @@ impl Engine {
         let Some(request) = self.refill(query, key, fill, loaded) else {
             return seat.land();
         };
-        // It is used up, or no longer ours.
-        seat.use_lease();
         let query = query.clone();
         let write = async move {
-            telemetry::refill(match seat.refill(query.put(request)).await {
-                Some(Ok(true)) => "stored",
-                Some(Ok(false)) | None => "outdated",
-                Some(Err(_)) => "failed",
+            let _refilling = match fill {
+                Fill::Add => Some(seat.refilling().await),
+                // If it is old it does not fit any more.
+                Fill::Swap(_) | Fill::Not => None,
+            };
+            let result = match seat.is_outdated() {
+                true => Ok(false),
+                false => query.put(request).await,
+            };
+            telemetry::refill(match result {
+                Ok(true) => {
+                    seat.use_lease();
+                    "stored"
+                }
+                Ok(false) => "outdated",
+                // A lease that could not be used is given up with the seat.
+                Err(_) => "failed",
             });
         };
         Behind::of(self).run(write).await;

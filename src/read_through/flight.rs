@@ -10,9 +10,9 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError};
 
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard};
 use tokio::time::Instant;
 
 use crate::error::Result;
@@ -109,7 +109,7 @@ struct Table {
 #[derive(Default)]
 pub(super) struct Flight {
     turn: Arc<Mutex<()>>,
-    /// Held while what was loaded is put back.
+    /// Held while what was loaded is put back unconditionally.
     refill: Mutex<()>,
     outdated: AtomicBool,
     state: StdMutex<State>,
@@ -134,7 +134,7 @@ struct Lease {
 pub(super) type Turn = OwnedMutexGuard<()>;
 
 impl Table {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
+    fn lock(&self) -> StdMutexGuard<'_, HashMap<Key, Arc<Flight>>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -192,15 +192,15 @@ impl Flights {
 }
 
 impl Flight {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> StdMutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn is_outdated(&self) -> bool {
+    fn is_outdated(&self) -> bool {
         self.outdated.load(Ordering::SeqCst)
     }
 
-    /// Waits until nothing is being put back.
+    /// Waits until nothing is being put back unconditionally.
     pub(super) async fn refilled(&self) {
         drop(self.refill.lock().await);
     }
@@ -291,13 +291,15 @@ impl Seat {
         drop(lease);
     }
 
-    /// Puts something back, unless it is outdated; who invalidates the key waits for that to end.
-    pub(super) async fn refill<T>(&self, write: impl Future<Output = T>) -> Option<T> {
-        let _refilling = self.flight.refill.lock().await;
-        if self.flight.is_outdated() {
-            return None;
-        }
-        Some(write.await)
+    /// Whether what was loaded is old.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.flight.is_outdated()
+    }
+
+    /// Held while something is put back of which the cache cannot tell whether it is old: who
+    /// invalidates the key waits for that to end.
+    pub(super) async fn refilling(&self) -> MutexGuard<'_, ()> {
+        self.flight.refill.lock().await
     }
 }
 

@@ -785,3 +785,50 @@ async fn settings_that_make_no_sense_are_refused() {
         assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_value_that_cannot_be_cached_keeps_nobody_waiting() {
+    let server = Server::new();
+    let large = "x".repeat(5_000);
+    let table = Table::new(&large, ms(5));
+    let small = || {
+        let builder = in_memory(std::slice::from_ref(&server)).max_value_size(1_000);
+        builder.read_through(exact()).build().unwrap()
+    };
+    let clients = [small(), small()];
+    for n in 0..6 {
+        let begun = Instant::now();
+        assert_eq!(table.get(&clients[n % 2]).await.unwrap(), some(&large));
+        assert!(begun.elapsed() < ms(100), "{:?}", begun.elapsed());
+        sleep(ms(5)).await;
+    }
+    assert_eq!(table.loads(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_could_not_be_invalidated_is_not_read_by_who_tried() {
+    let server = Server::new();
+    let table = Table::new("old", ms(5));
+    let builder = in_memory(std::slice::from_ref(&server)).max_in_flight(1);
+    let client = builder.read_through(exact()).build().unwrap();
+    assert_eq!(table.get(&client).await.unwrap(), some("old"));
+    eventually("it is put back", || {
+        server.peek("k").is_some_and(|value| value == "old")
+    })
+    .await;
+    server.delay(ms(20));
+    let (occupies, refused) = tokio::join!(client.get("other"), async {
+        sleep(ms(5)).await;
+        table.update("new");
+        client.invalidate("k").await
+    });
+    occupies.unwrap();
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Overloaded);
+    assert_eq!(server.peek("k").unwrap(), "old");
+    server.delay(Duration::ZERO);
+    assert_eq!(table.get(&client).await.unwrap(), some("new"));
+    eventually("it is deleted after all", || {
+        server.peek("k").is_none_or(|value| value != "old")
+    })
+    .await;
+}
