@@ -49,6 +49,9 @@ pub struct Lookup {
     pub token: Option<CasToken>,
     /// Whose the lease is.
     pub lease: LeaseState,
+    /// Whether another node than the key's own has answered, because that is out. What is there lives
+    /// at most for the failover TTL.
+    pub away: bool,
 }
 
 /// What a [`Lookup`] found.
@@ -89,6 +92,7 @@ impl Lookup {
         found: Found::Nothing,
         token: None,
         lease: LeaseState::Free,
+        away: false,
     };
 
     /// An answer made by hand, for services and tests.
@@ -98,6 +102,7 @@ impl Lookup {
             found,
             token,
             lease,
+            away: false,
         }
     }
 }
@@ -131,6 +136,14 @@ pub enum CasOutcome {
 }
 
 impl Response {
+    /// From a node that is not the key's own.
+    pub(crate) fn answered_away(mut self) -> Self {
+        if let Self::Found(lookup) = &mut self {
+            lookup.away = true;
+        }
+        self
+    }
+
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Value(_) => "Value",

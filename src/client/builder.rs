@@ -23,6 +23,7 @@ pub struct ClientBuilder<L = Identity, N = Identity> {
     nodes: Vec<Result<NodeSpec>>,
     timeout: Duration,
     read_through: ReadThroughSettings,
+    load_timeout: Option<Duration>,
     attempt_timeout: Duration,
     cluster: ClusterSettings,
     node: NodeSettings,
@@ -41,6 +42,7 @@ impl ClientBuilder {
             nodes: Vec::new(),
             timeout: Duration::from_millis(100),
             read_through: ReadThroughSettings::default(),
+            load_timeout: None,
             attempt_timeout: Duration::from_millis(30),
             cluster: ClusterSettings::default(),
             node: NodeSettings::default(),
@@ -99,10 +101,10 @@ impl<L, N> ClientBuilder<L, N> {
     }
 
     /// How long [`Client::get_or_load`] may take to load, with all waiting for others; 1 s by default
-    /// ([`ReadThroughSettings::load_timeout`]).
+    /// ([`ReadThroughSettings::load_timeout`], over which it goes).
     #[must_use]
     pub fn load_timeout(mut self, timeout: Duration) -> Self {
-        self.read_through = self.read_through.load_timeout(timeout);
+        self.load_timeout = Some(timeout);
         self
     }
 
@@ -255,6 +257,7 @@ impl<L, N> ClientBuilder<L, N> {
             nodes,
             timeout,
             read_through,
+            load_timeout,
             attempt_timeout,
             cluster,
             node,
@@ -269,6 +272,7 @@ impl<L, N> ClientBuilder<L, N> {
             nodes,
             timeout,
             read_through,
+            load_timeout,
             attempt_timeout,
             cluster,
             node,
@@ -289,6 +293,7 @@ impl<L, N> ClientBuilder<L, N> {
             nodes,
             timeout,
             read_through,
+            load_timeout,
             attempt_timeout,
             cluster,
             node,
@@ -303,6 +308,7 @@ impl<L, N> ClientBuilder<L, N> {
             nodes,
             timeout,
             read_through,
+            load_timeout,
             attempt_timeout,
             cluster,
             node,
@@ -332,7 +338,11 @@ impl<L, N> ClientBuilder<L, N> {
         if self.timeout.is_zero() {
             return Err(Error::configuration("the timeout is zero"));
         }
-        self.read_through.validate()?;
+        let mut read_through = self.read_through;
+        if let Some(timeout) = self.load_timeout {
+            read_through = read_through.load_timeout(timeout);
+        }
+        read_through.validate()?;
         let attempt_timeout = self.attempt_timeout.min(self.timeout);
         let timeouts = self.node.timeouts_to_close();
         let transport = self.transport.attempt_timeout(attempt_timeout);
@@ -365,7 +375,7 @@ impl<L, N> ClientBuilder<L, N> {
             Cluster::from_factory(self.cluster, specs, spawner.clone(), Box::new(factory))?;
         let shared = Shared {
             timeout: self.timeout,
-            reads: Engine::new(self.read_through, Some(spawner.clone())),
+            reads: Engine::new(read_through, Some(spawner.clone())),
             spawner: Some(spawner),
             cluster: Some(Arc::new(cluster.clone())),
         };

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
+use tokio::time::Instant;
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceExt as _};
 
@@ -23,7 +24,7 @@ pub use multi_get::{MultiGet, Outcome};
 use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
-use crate::executor::Spawner;
+use crate::executor::{Spawner, after};
 use crate::node::NodeStatus;
 use crate::read_through::{Engine, ReadThroughSettings};
 use crate::request::Request;
@@ -263,7 +264,8 @@ where
             && let Some(key) = request.operation().key()
         {
             // What is being loaded for it is old now.
-            shared.reads.outdate(key);
+            let half = after(Instant::now(), shared.timeout / 2);
+            shared.reads.forget(key, half).await;
         }
         let spawner = shared.spawner.as_ref();
         Call::new(self.service.clone(), request, shared.timeout, spawner).await

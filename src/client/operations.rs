@@ -482,11 +482,8 @@ impl<S: Cache> Client<S> {
     /// in its journal. Others may, until it expires or they invalidate it.
     pub async fn invalidate(&self, key: impl IntoKey) -> Result<()> {
         let key = key.into_key()?;
-        let (now, timeout) = (Instant::now(), self.shared.timeout);
-        let delete = Request::new(Operation::Delete { key: key.clone() });
-        let delete = delete.with_deadline(after(now, timeout));
-        let half = after(now, timeout / 2);
-        self.shared.reads.forget(&key, half).await;
+        let deadline = after(Instant::now(), self.shared.timeout);
+        let delete = Request::new(Operation::Delete { key }).with_deadline(deadline);
         match self.call(delete.clone()).await {
             Ok(Response::Deleted(_)) => Ok(()),
             Ok(other) => Err(misfit(&other)),

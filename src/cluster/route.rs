@@ -271,6 +271,7 @@ where
                 Poll::Ready(Ok(response)) => {
                     if *this.moved {
                         shared.moved(errand, this.attempt.node());
+                        return Poll::Ready(Ok(response.answered_away()));
                     }
                     return Poll::Ready(Ok(response));
                 }

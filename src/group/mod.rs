@@ -298,6 +298,11 @@ pin_project! {
         },
         // Not sent, but made known to whoever keeps the journals.
         Withheld { service: S, request: Option<Request>, error: Option<Error> },
+        Noting {
+            #[pin]
+            future: S::Future,
+            error: Option<Error>,
+        },
         Refused { error: Option<Error> },
     }
 }
@@ -309,9 +314,9 @@ where
 {
     type Output = Result<Response>;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let mut this = self.project();
-        match this.state.project() {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let mut this = self.as_mut().project();
+        match this.state.as_mut().project() {
             StateProjection::Called {
                 future, invalid, ..
             } => {
@@ -343,12 +348,22 @@ where
                 request,
                 error,
             } => {
-                if ready!(service.poll_ready(cx)).is_ok()
-                    && let Some(request) = request.take()
-                {
-                    // It ends with what the cluster says at once: that it has taken note.
-                    drop(service.call(request));
+                let ready = ready!(service.poll_ready(cx)).is_ok();
+                let (request, mut error) = (request.take(), error.take());
+                if ready && let Some(request) = request {
+                    let future = service.call(request);
+                    let error = error.take();
+                    this.state.set(State::Noting { future, error });
+                    return self.poll(cx);
                 }
+                match error {
+                    Some(error) => Poll::Ready(Err(error)),
+                    None => panic!("polled after completion"),
+                }
+            }
+            StateProjection::Noting { future, error } => {
+                // It ends with what the cluster says at once: that it has taken note.
+                let _ = ready!(future.poll(cx));
                 match error.take() {
                     Some(error) => Poll::Ready(Err(error)),
                     None => panic!("polled after completion"),

@@ -905,7 +905,10 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
     let placeholder = header.lease.is_some() && data.is_empty();
     let found = if placeholder || header.outdated {
         Found::Nothing
-    } else if header.client_flags == ABSENT_FLAGS && data == ABSENT {
+    } else if header.client_flags == ABSENT_FLAGS
+        // Also if somebody has appended or prepended to it: nobody has written that as a value.
+        && (data.starts_with(ABSENT) || data.ends_with(ABSENT))
+    {
         Found::Absent { left }
     } else {
         let value = Value::new(data, header.client_flags);

@@ -67,10 +67,12 @@ pub(crate) type Loaded = Result<HashMap<Key, Payload>, BoxError>;
 pub(crate) struct Engine {
     settings: ReadThroughSettings,
     flights: Flights,
-    elsewhere: Elsewhere,
+    elsewhere: Arc<Elsewhere>,
     /// Where what is put back is written; the caller's runtime if there is none.
     spawner: Option<Spawner>,
     refills: Arc<Semaphore>,
+    /// Leases that are given up, which takes little, and lets others go on.
+    releases: Arc<Semaphore>,
     /// What a load has lately taken, in nanoseconds.
     cost: AtomicU64,
 }
@@ -123,6 +125,8 @@ pub(crate) struct Wanted {
     fallback: Option<Value>,
     /// What is left to it, if it is still good and is to be refreshed early.
     early: Option<Duration>,
+    /// Whether it was looked for on a node that is not its own.
+    away: bool,
 }
 
 impl Wanted {
@@ -175,16 +179,20 @@ enum Claim {
     /// It is for us to load it, and to put it back like this.
     Load(Fill),
     /// Another process loads it.
-    Elsewhere(CasToken),
+    Elsewhere(CasToken, Away),
 }
+
+/// Whether it is on a node that is not its own: there it lives for as long as it may, and is not
+/// kept for longer than its TTL.
+type Away = bool;
 
 /// How what is loaded is put back.
 #[derive(Clone, Copy, Debug)]
 enum Fill {
     /// In place of what the token stands for.
-    Swap(CasToken),
+    Swap(CasToken, Away),
     /// Where there is nothing.
-    Add,
+    Add(Away),
     /// Not at all: whether it would still be true cannot be told.
     Not,
 }
@@ -192,8 +200,8 @@ enum Fill {
 impl Fill {
     fn token(self) -> Option<CasToken> {
         match self {
-            Self::Swap(token) => Some(token),
-            Self::Add | Self::Not => None,
+            Self::Swap(token, _) => Some(token),
+            Self::Add(_) | Self::Not => None,
         }
     }
 }
@@ -206,17 +214,35 @@ pub(crate) struct Terms {
     pub(crate) patient: bool,
 }
 
+/// How many keys of one call are looked up at once.
+const LOOKUPS: usize = 64;
+
 /// The pauses between looks whether another process has put back what it has the lease on.
 const FIRST_PAUSE: Duration = Duration::from_millis(4);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
+/// So many loads of one flight may follow each other at once.
+const MANY_LOADS: u32 = 3;
+
 impl Engine {
     pub(crate) fn new(settings: ReadThroughSettings, spawner: Option<Spawner>) -> Arc<Self> {
+        let elsewhere = Arc::new(Elsewhere::new(settings.lease_duration()));
+        Self::of(settings, spawner, Flights::default(), elsewhere)
+    }
+
+    fn of(
+        settings: ReadThroughSettings,
+        spawner: Option<Spawner>,
+        flights: Flights,
+        elsewhere: Arc<Elsewhere>,
+    ) -> Arc<Self> {
+        let permits = settings.max_refills.min(Semaphore::MAX_PERMITS);
         Arc::new(Self {
-            refills: Arc::new(Semaphore::new(settings.max_refills)),
-            elsewhere: Elsewhere::new(settings.lease_duration()),
+            refills: Arc::new(Semaphore::new(permits)),
+            releases: Arc::new(Semaphore::new(permits)),
+            elsewhere,
             settings,
-            flights: Flights::default(),
+            flights,
             spawner,
             cost: AtomicU64::new(0),
         })
@@ -227,8 +253,11 @@ impl Engine {
         Self::new(self.settings.clone(), self.spawner.clone())
     }
 
+    /// Another way to load the same keys: what one of the two invalidates the other does not put
+    /// back.
     pub(crate) fn with_settings(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        Self::new(settings, self.spawner.clone())
+        let (spawner, flights) = (self.spawner.clone(), self.flights.clone());
+        Self::of(settings, spawner, flights, self.elsewhere.clone())
     }
 
     fn guard(&self) -> &LoadGuard {
@@ -252,14 +281,8 @@ impl Engine {
         }
     }
 
-    /// The key has changed: who asks for it from now on does not get what is being loaded, nor is
-    /// that put back.
-    pub(crate) fn outdate(&self, key: &Key) {
-        self.flights.outdate(key);
-    }
-
-    /// The same before the key is deleted: nothing of what was loaded before is written any more when
-    /// this ends, or `by` has come.
+    /// The key is about to be changed: who asks for it from now on does not get what is being loaded,
+    /// and none of that is written any more when this ends, or `by` has come.
     pub(crate) async fn forget(&self, key: &Key, by: Instant) {
         if let Some(flight) = self.flights.outdate(key) {
             // Without a runtime there is no time to be kept, and nothing is put back behind anybody.
@@ -282,8 +305,14 @@ impl Engine {
         let lookup = self.look_up(query, &key).await;
         let settled = match self.judge(query, 0, key, lookup) {
             Verdict::Settled(result) => return counted(result, "hit"),
-            Verdict::Refresh(wanted) => self.refresh(query, vec![wanted], loads).await,
-            Verdict::Fetch(wanted) => self.fetch(query, vec![wanted], loads).await,
+            Verdict::Refresh(wanted) => {
+                let terms = self.terms(query, false);
+                self.refresh(query, vec![wanted], terms, loads).await
+            }
+            Verdict::Fetch(wanted) => {
+                let terms = self.terms(query, true);
+                self.fetch(query, vec![wanted], terms, loads).await
+            }
         };
         let settled = settled.into_iter().next();
         counted(
@@ -304,8 +333,12 @@ impl Engine {
         F: FnMut(Vec<Key>) -> Fut,
         Fut: Future<Output = Loaded>,
     {
-        let lookups = keys.iter().map(|key| self.look_up(query, key));
-        let lookups = join_all(lookups).await;
+        let mut lookups = Vec::with_capacity(keys.len());
+        // Not all at once: there are limits to what may be in flight.
+        for keys in keys.chunks(LOOKUPS) {
+            let some = keys.iter().map(|key| self.look_up(query, key));
+            lookups.extend(join_all(some).await);
+        }
         let mut results: Vec<_> = keys.iter().map(|_| Err(lost())).collect();
         let (mut refresh, mut fetch) = (Vec::new(), Vec::new());
         for (index, (key, lookup)) in keys.iter().zip(lookups).enumerate() {
@@ -316,8 +349,9 @@ impl Engine {
             }
         }
         // What is missing first: somebody waits for it.
-        let mut settled = self.fetch(query, fetch, loads).await;
-        settled.extend(self.refresh(query, refresh, loads).await);
+        let terms = self.terms(query, true);
+        let mut settled = self.fetch(query, fetch, terms, loads).await;
+        settled.extend(self.refresh(query, refresh, terms, loads).await);
         for (index, result) in settled {
             results[index] = counted(result, "loaded");
         }
@@ -387,6 +421,7 @@ impl Engine {
             },
             fallback: None,
             early: None,
+            away: false,
         };
         let lookup = match lookup {
             Ok(lookup) => lookup,
@@ -394,6 +429,7 @@ impl Engine {
             // A value over this client's limit: it is there, so nothing can be put back.
             Err(_) => return Verdict::Fetch(wanted),
         };
+        wanted.away = lookup.away;
         wanted.sighting.seen = match self.settings.leases && lookup.lease != LeaseState::Unknown {
             true => Seen::Vacancy(lookup.token),
             false => Seen::Unleased(lookup.token),
@@ -408,7 +444,7 @@ impl Engine {
             Some(token) => !self.elsewhere.is_at_it(&wanted.key, token),
             None => false,
         };
-        match freshness::judge(left, settings.grace(), self.draw_early()) {
+        match freshness::judge(left, self.grace(lookup.away), self.draw_early()) {
             Freshness::Fresh => Verdict::Settled(Ok(Some(value))),
             Freshness::Early if may_refresh() => {
                 wanted.fallback = Some(value);
@@ -431,6 +467,15 @@ impl Engine {
         }
     }
 
+    /// How long past its TTL a value is kept. Away from home that is not at all: what is kept there
+    /// lives only for the failover TTL.
+    fn grace(&self, away: Away) -> Duration {
+        match away {
+            true => Duration::ZERO,
+            false => self.settings.grace(),
+        }
+    }
+
     fn draw_early(&self) -> Duration {
         let cost = Duration::from_nanos(self.cost.load(Ordering::Relaxed));
         freshness::early(cost, self.settings.early_refresh, fastrand::f64())
@@ -441,6 +486,7 @@ impl Engine {
         self: &Arc<Self>,
         query: &Query<S>,
         wanted: Vec<Wanted>,
+        terms: Terms,
         loads: &mut Loads<F>,
     ) -> Vec<Settled>
     where
@@ -459,7 +505,10 @@ impl Engine {
             }
         }
         if !led.is_empty() {
-            let terms = self.terms(query, false);
+            let terms = Terms {
+                patient: false,
+                ..terms
+            };
             settled.extend(loads.refresh(self, query, led, terms).await);
         }
         settled
@@ -470,6 +519,7 @@ impl Engine {
         self: &Arc<Self>,
         query: &Query<S>,
         mut wanted: Vec<Wanted>,
+        terms: Terms,
         loads: &mut Loads<F>,
     ) -> Vec<Settled>
     where
@@ -479,7 +529,7 @@ impl Engine {
     {
         // Who has something to fall back on does not queue up for the database.
         let patient = wanted.iter().any(|wanted| wanted.fallback.is_none());
-        let terms = self.terms(query, patient);
+        let terms = Terms { patient, ..terms };
         let mut settled = Vec::new();
         while !wanted.is_empty() {
             if Instant::now() >= terms.ends {
@@ -556,15 +606,18 @@ impl Engine {
         Fut: Future<Output = Loaded>,
     {
         let (mut settled, mut ready, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
-        let claims = led
-            .iter()
-            .map(|led| self.claim(query, led, query.cache_ends));
-        let claims = join_all(claims).await;
+        // A time of its own, which is part of that to load: a successor comes late.
+        let by = after(Instant::now(), query.timeout).min(terms.ends);
+        let mut claims = Vec::with_capacity(led.len());
+        for led in led.chunks(LOOKUPS) {
+            let some = led.iter().map(|led| self.claim(query, led, by));
+            claims.extend(join_all(some).await);
+        }
         for (led, claim) in led.into_iter().zip(claims) {
             match claim {
                 Claim::Found(outcome) => settled.push(led.settle(outcome)),
                 Claim::Load(fill) => ready.push((led, fill)),
-                Claim::Elsewhere(token) => waiting.push((led, token)),
+                Claim::Elsewhere(token, away) => waiting.push((led, token, away)),
             }
         }
         // Who waits for another process does not keep waiting who need not.
@@ -579,7 +632,10 @@ impl Engine {
     /// Asks the cache whose it is to load a key.
     async fn claim<S: Cache>(&self, query: &Query<S>, led: &Led, by: Instant) -> Claim {
         let wanted = &led.wanted;
-        let unleased = |token: Option<CasToken>| Claim::Load(token.map_or(Fill::Add, Fill::Swap));
+        let unleased = |token: Option<CasToken>| {
+            let swap = |token| Fill::Swap(token, wanted.away);
+            Claim::Load(token.map_or(Fill::Add(wanted.away), swap))
+        };
         match wanted.sighting.seen {
             Seen::Failure => return Claim::Load(Fill::Not),
             Seen::Unleased(token) => return unleased(token),
@@ -612,6 +668,7 @@ impl Engine {
             found,
             token,
             lease,
+            away,
         } = lookup;
         let found_there = |value: Option<Value>| {
             Claim::Found(Outcome {
@@ -629,8 +686,8 @@ impl Engine {
                 // Won now, or by who led this flight before.
                 let ours = lease == LeaseState::Won || led.seat.lease() == Some(token);
                 return match ours {
-                    true => self.hold(query, led, token),
-                    false => Claim::Elsewhere(token),
+                    true => self.hold(query, led, token, away),
+                    false => Claim::Elsewhere(token, away),
                 };
             }
         };
@@ -639,9 +696,9 @@ impl Engine {
         };
         let overdue = self.elsewhere.is_overdue(key, token);
         if lease == LeaseState::Won || overdue {
-            return Claim::Load(Fill::Swap(token));
+            return Claim::Load(Fill::Swap(token, away));
         }
-        let age = match freshness::judge(left, self.settings.grace(), Duration::ZERO) {
+        let age = match freshness::judge(left, self.grace(away), Duration::ZERO) {
             Freshness::Fresh | Freshness::Early => None,
             Freshness::Stale(age) => Some(age),
         };
@@ -656,22 +713,26 @@ impl Engine {
         match age {
             None => found_there(Some(value)),
             // To the server it has a moment left.
-            Some(_) => Claim::Load(Fill::Swap(token)),
+            Some(_) => Claim::Load(Fill::Swap(token, away)),
         }
     }
 
     /// The placeholder of a lease is ours. Unless it is used, it is removed, so that others need not
     /// wait for it to expire.
-    fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken) -> Claim {
-        let behind = Behind::of(self);
+    fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken, away: Away) -> Claim {
+        let behind = Behind {
+            spawner: self.spawner.clone(),
+            permits: self.releases.clone(),
+        };
         let (query, key) = (query.clone(), led.wanted.key.clone());
         led.seat.hold(token, move || {
             let request = refill(removal(key, token));
+            // If it is not, it expires.
             behind.spawn(async move {
                 let _ = query.put(request).await;
             });
         });
-        Claim::Load(Fill::Swap(token))
+        Claim::Load(Fill::Swap(token, away))
     }
 
     /// Waits until other processes have put back what they have the leases on. What they have not
@@ -679,7 +740,7 @@ impl Engine {
     async fn wait_for_others<S: Cache>(
         &self,
         query: &Query<S>,
-        mut waiting: Vec<(Led, CasToken)>,
+        mut waiting: Vec<(Led, CasToken, Away)>,
         terms: Terms,
         settled: &mut Vec<Settled>,
     ) -> Vec<(Led, Fill)> {
@@ -688,7 +749,7 @@ impl Engine {
             return ready;
         }
         if !terms.patient {
-            let falls_back = |(led, _): (Led, _)| led.wanted.conclude(Err(out_of_time()));
+            let falls_back = |(led, ..): (Led, _, _)| led.wanted.conclude(Err(out_of_time()));
             settled.extend(waiting.into_iter().map(falls_back));
             return ready;
         }
@@ -707,10 +768,13 @@ impl Engine {
                 break;
             }
             let by = after(Instant::now(), query.timeout).min(terms.ends);
-            let claims = waiting.iter().map(|(led, _)| self.claim(query, led, by));
-            let claims = join_all(claims).await;
+            let mut claims = Vec::with_capacity(waiting.len());
+            for waiting in waiting.chunks(LOOKUPS) {
+                let some = waiting.iter().map(|(led, ..)| self.claim(query, led, by));
+                claims.extend(join_all(some).await);
+            }
             let looked = std::mem::take(&mut waiting).into_iter().zip(claims);
-            for ((led, _), claim) in looked {
+            for ((led, ..), claim) in looked {
                 match claim {
                     Claim::Found(outcome) => {
                         telemetry::lease_wait("filled");
@@ -720,15 +784,15 @@ impl Engine {
                         telemetry::lease_wait("released");
                         ready.push((led, fill));
                     }
-                    Claim::Elsewhere(token) => waiting.push((led, token)),
+                    Claim::Elsewhere(token, away) => waiting.push((led, token, away)),
                 }
             }
         }
-        for (led, token) in waiting {
+        for (led, token, away) in waiting {
             telemetry::lease_wait("ended");
             // Should its winner be alive after all, the first of the two to be put back stays.
-            self.hold(query, &led, token);
-            ready.push((led, Fill::Swap(token)));
+            self.hold(query, &led, token, away);
+            ready.push((led, Fill::Swap(token, away)));
         }
         ready
     }
@@ -750,6 +814,17 @@ impl Engine {
             return Vec::new();
         }
         let spawner = self.spawner.as_ref();
+        let begun = ready.iter().map(|(led, _)| led.seat.loads()).max();
+        if let Some(pause) = self.pause_before(begun.unwrap_or_default()) {
+            let due = after(Instant::now(), pause).min(terms.ends);
+            let pending = std::future::pending::<()>();
+            if let Err(error) = until(spawner, due, pending).await {
+                return self.all_fail(ready, &error, false);
+            }
+            if due >= terms.ends {
+                return self.all_fail(ready, &out_of_time(), true);
+            }
+        }
         let patience = match terms.patient {
             true => Patience::Until(terms.ends),
             false => Patience::Now,
@@ -765,29 +840,38 @@ impl Engine {
         }
         let keys = ready.iter().map(|(led, _)| led.wanted.key.clone());
         let keys: Vec<Key> = keys.collect();
-        let work = AssertUnwindSafe(async { load(keys).await }).catch_unwind();
-        let (error, hands_over) = match until(spawner, terms.ends, work).await {
-            Ok(Some(Ok(Ok(loaded)))) => {
+        // A loader may panic when it is called, polled, or dropped because its time is up.
+        let work = until(spawner, terms.ends, async { load(keys).await });
+        let (error, hands_over) = match AssertUnwindSafe(work).catch_unwind().await {
+            Ok(Ok(Some(Ok(loaded)))) => {
                 permit.succeeded();
                 self.learn(begun.elapsed());
                 return self.all_loaded(query, ready, loaded, begun).await;
             }
-            Ok(Some(Ok(Err(error)))) => {
+            Ok(Ok(Some(Err(error)))) => {
                 permit.failed();
                 (failed("the loader failed").with_source(error), false)
             }
-            Ok(Some(Err(_panic))) => {
+            Err(_panic) => {
                 permit.failed();
                 (failed("the loader panicked"), true)
             }
-            Ok(None) => {
+            Ok(Ok(None)) => {
                 self.took_too_long(permit, begun);
                 let after = begun.elapsed();
                 (failed(format!("the loader took over {after:?}")), true)
             }
-            Err(error) => (error, false),
+            Ok(Err(error)) => (error, false),
         };
         self.all_fail(ready, &error, hands_over)
+    }
+
+    /// How long to wait before a key is loaded once more in the same flight. Callers who leave sooner
+    /// than the database answers would hand over to each other load by load.
+    fn pause_before(&self, loads: u32) -> Option<Duration> {
+        let repeated = loads.checked_sub(MANY_LOADS)?;
+        let pause = FIRST_PAUSE.saturating_mul(1 << repeated.min(10));
+        Some(pause.min(self.settings.load_timeout / 4))
     }
 
     /// A load that did not have its time says nothing of the database.
@@ -856,9 +940,9 @@ impl Engine {
         let query = query.clone();
         let write = async move {
             let _refilling = match fill {
-                Fill::Add => Some(seat.refilling().await),
+                Fill::Add(_) => Some(seat.refilling().await),
                 // If it is old it does not fit any more.
-                Fill::Swap(_) | Fill::Not => None,
+                Fill::Swap(..) | Fill::Not => None,
             };
             let result = match seat.is_outdated() {
                 true => Ok(false),
@@ -874,7 +958,13 @@ impl Engine {
                 Err(_) => "failed",
             });
         };
-        Behind::of(self).run(write).await;
+        let behind = Behind {
+            spawner: self.spawner.clone(),
+            permits: self.refills.clone(),
+        };
+        if !behind.run(write).await {
+            telemetry::refill("dropped");
+        }
     }
 
     fn refill<S>(
@@ -888,7 +978,10 @@ impl Engine {
         let (payload, ttl) = match (loaded, settings.negative_ttl) {
             (Some(payload), _) => {
                 let ttl = query.ttl.jittered(settings.ttl_jitter, fastrand::f64());
-                (payload, ttl.extended(settings.grace()))
+                let (Fill::Swap(_, away) | Fill::Add(away)) = fill else {
+                    return None;
+                };
+                (payload, ttl.extended(self.grace(away)))
             }
             (None, Some(ttl)) => (Payload::absent(), Ttl::from(ttl)),
             // What is there is a placeholder, or a value of what no longer is.
@@ -900,13 +993,13 @@ impl Engine {
         };
         let key = key.clone();
         Some(refill(match fill {
-            Fill::Swap(token) => Operation::CompareAndSwap {
+            Fill::Swap(token, _) => Operation::CompareAndSwap {
                 key,
                 payload,
                 ttl,
                 token,
             },
-            Fill::Add => Operation::Store {
+            Fill::Add(_) => Operation::Store {
                 mode: StoreMode::Add,
                 key,
                 payload,
@@ -943,44 +1036,35 @@ impl<S: Cache> Query<S> {
 /// Where things are done behind the answer.
 struct Behind {
     spawner: Option<Spawner>,
-    refills: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 impl Behind {
-    fn of(engine: &Engine) -> Self {
-        Self {
-            spawner: engine.spawner.clone(),
-            refills: engine.refills.clone(),
-        }
-    }
-
     /// Runs it behind the answer if there is a runtime, and at once otherwise.
-    async fn run(self, write: impl Future<Output = ()> + Send + 'static) {
+    async fn run(self, write: impl Future<Output = ()> + Send + 'static) -> bool {
         if self.spawner.is_none() && Handle::try_current().is_err() {
-            return write.await;
+            write.await;
+            return true;
         }
-        self.spawn(write);
+        self.spawn(write)
     }
 
-    /// Runs it behind the answer, unless as much as may be done there is.
-    fn spawn(self, write: impl Future<Output = ()> + Send + 'static) {
-        let Ok(permit) = self.refills.try_acquire_owned() else {
-            return telemetry::refill("dropped");
+    /// Runs it behind the answer; false if that cannot be, or as much is done there as may be.
+    fn spawn(self, write: impl Future<Output = ()> + Send + 'static) -> bool {
+        let Ok(permit) = self.permits.try_acquire_owned() else {
+            return false;
         };
         let write = async move {
             write.await;
             drop(permit);
         };
-        let spawned = match (&self.spawner, Handle::try_current()) {
+        match (&self.spawner, Handle::try_current()) {
             (Some(spawner), _) => spawner.spawn(write).is_ok(),
             (None, Ok(runtime)) => {
                 drop(runtime.spawn(write));
                 true
             }
             (None, Err(_)) => false,
-        };
-        if !spawned {
-            telemetry::refill("dropped");
         }
     }
 }

@@ -122,6 +122,8 @@ struct State {
     outcome: Option<Outcome>,
     lease: Option<Lease>,
     handovers: u32,
+    /// That have begun.
+    loads: u32,
 }
 
 /// The placeholder of a lease that a flight holds.
@@ -250,7 +252,14 @@ impl Seat {
 
     /// A load begins.
     pub(super) fn begin(&self, load: Load) {
-        self.flight.state().load = Some(load);
+        let mut state = self.flight.state();
+        state.load = Some(load);
+        state.loads += 1;
+    }
+
+    /// How many loads have begun.
+    pub(super) fn loads(&self) -> u32 {
+        self.flight.state().loads
     }
 
     /// The load has come to nothing; whether another may try.

@@ -121,8 +121,9 @@ impl<L: Loader> ReadThroughLayer<L> {
         Ok(self)
     }
 
-    /// Where loads run; the runtime of whoever asks by default, and on the caller's task where there
-    /// is none. It must not be the client's: a loader that blocks would block all I/O.
+    /// Where loads run, and what they load is put back; the runtime of whoever asks by default, so
+    /// that outside of every runtime there has to be one. It must not be the client's: a loader that
+    /// blocks would block all I/O.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if its threads
@@ -139,7 +140,7 @@ impl<S, L: Loader> Layer<S> for ReadThroughLayer<L> {
     fn layer(&self, inner: S) -> ReadThrough<S, L> {
         ReadThrough {
             inner,
-            engine: Engine::new(self.settings.clone(), None),
+            engine: Engine::new(self.settings.clone(), self.spawner.clone()),
             layer: self.clone(),
         }
     }

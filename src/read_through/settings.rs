@@ -5,6 +5,9 @@ use std::time::Duration;
 use super::guard::LoadGuard;
 use crate::error::{Error, Result};
 
+/// Beyond that memcached's clock runs out of bits.
+const A_YEAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
+
 /// How values are loaded, leased, refreshed and put back. One for each
 /// [`Client`](crate::Client) ([`ClientBuilder::read_through`](crate::ClientBuilder::read_through),
 /// [`Client::with_read_through`](crate::Client::with_read_through)) or
@@ -12,7 +15,9 @@ use crate::error::{Error, Result};
 ///
 /// Clients that share a cache have to agree on [`stale_while_revalidate`](Self::stale_while_revalidate)
 /// and [`stale_if_error`](Self::stale_if_error): a value is stored for its TTL and the longer of the
-/// two, and what is left of that says how old it is.
+/// two, and what is left of that says how old it is. So a value that was written by
+/// [`set`](crate::Client::set), with its bare TTL, counts as old by that much too early; write what
+/// is read through by loading it.
 #[derive(Clone, Debug)]
 pub struct ReadThroughSettings {
     pub(super) guard: LoadGuard,
@@ -70,6 +75,9 @@ impl ReadThroughSettings {
     /// to them the placeholder of a lease is a hit of 0 bytes. Loads are then coalesced within this
     /// client only, and what is loaded is added where nothing is: another process's invalidation
     /// during the load is not noticed.
+    ///
+    /// The placeholder is an empty item to `append`, `prepend`, `touch`, `add` and counters, of this
+    /// client, too: use them on other keys than those that are read through.
     #[must_use]
     pub fn leases(mut self, leases: bool) -> Self {
         self.leases = leases;
@@ -104,7 +112,8 @@ impl ReadThroughSettings {
     }
 
     /// For how long past its TTL a value is still given out if it cannot be loaded: the loader
-    /// fails, or the load was shed. Not at all by default.
+    /// fails, or the load was shed; or while another process loads it, or a load of it has failed
+    /// less than a [lease](Self::lease) ago. Not at all by default, and a year at most.
     #[must_use]
     pub fn stale_if_error(mut self, age: Duration) -> Self {
         self.stale_if_error = age;
@@ -131,7 +140,9 @@ impl ReadThroughSettings {
     }
 
     /// For how long it is kept in the cache that the loader has found nothing; by default it is not.
-    /// It is stored as 23 bytes with client flags of its own, which other clients see as a value.
+    /// It is stored as 23 bytes with client flags of its own, which other clients see as a value. To
+    /// this one it is a miss in every way of reading; but it is there: `add` does not store, `touch`
+    /// prolongs it, and what is appended to it is lost.
     #[must_use]
     pub fn negative_ttl(mut self, ttl: Duration) -> Self {
         self.negative_ttl = Some(ttl);
@@ -174,6 +185,8 @@ impl ReadThroughSettings {
             "the TTL jitter is no share from 0 to 1"
         } else if self.negative_ttl.is_some_and(|ttl| ttl.is_zero()) {
             "the negative TTL is zero"
+        } else if self.grace() > A_YEAR {
+            "a value may be stale for over a year"
         } else if self.max_refills == 0 {
             "no refill may be under way"
         } else {

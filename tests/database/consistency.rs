@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
+use tower_memcached::read_through::Cache;
 use tower_memcached::testing::Memcached;
 use tower_memcached::{
     Client, Executor, LoadGuard, LoadLimits, ReadThroughLayer, ReadThroughSettings, Ttl,
@@ -141,11 +142,11 @@ fn readers(ledger: &Arc<Ledger>, clients: &[Client], database: &Database, tasks:
     }
 }
 
-/// Each key has one writer, so that the newest version is the one it wrote last. `promised` are the invalidations that
-/// count: those that succeeded, or all.
-fn writers(
+/// Each key has one writer, so that the newest version is the one it wrote last. Acknowledged are the invalidations that
+/// succeeded, or all.
+fn writers<S: Cache>(
     ledger: &Arc<Ledger>,
-    client: &Client,
+    client: &Client<S>,
     database: &Database,
     tasks: &mut JoinSet<()>,
     only_successes: bool,
@@ -281,20 +282,7 @@ async fn no_read_of_a_shared_loader_is_older_than_what_was_invalidated_before_it
             }
         });
     }
-    for writer in 0..WRITERS {
-        let (ledger, client, database) = (ledger.clone(), client.clone(), database.clone());
-        tasks.spawn(async move {
-            while ledger.goes_on() {
-                let id = 1 + writer + WRITERS * fastrand::i64(0..KEYS / WRITERS);
-                let version = database.update(id).await.unwrap().unwrap();
-                if client.invalidate(key(id)).await.is_ok() {
-                    ledger.acknowledged[id as usize].store(version, Ordering::SeqCst);
-                }
-                ledger.updates.fetch_add(1, Ordering::Relaxed);
-                sleep(Duration::from_millis(fastrand::u64(..10))).await;
-            }
-        });
-    }
+    writers(&ledger, &client, &database, &mut tasks, true);
     trouble(&ledger, &database, &mut tasks);
     all_end(tasks).await;
     ledger.judge();

@@ -85,6 +85,27 @@ struct Level {
     started: AtomicU64,
     failed: AtomicU64,
     shed: [AtomicU64; Shed::COUNT],
+    /// A moving average of what loads that succeeded took, in nanoseconds; 0 before the first.
+    usual: AtomicU64,
+}
+
+impl Level {
+    fn learn(&self, took: Duration) {
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1);
+        let usual = match self.usual.load(Ordering::Relaxed) {
+            0 => took,
+            usual => usual - usual / 8 + took / 8,
+        };
+        // Of two at once one is lost, which matters to nobody.
+        self.usual.store(usual, Ordering::Relaxed);
+    }
+
+    fn is_long(&self, ran: Duration) -> bool {
+        // A moment is nothing to go by.
+        const LEAST: Duration = Duration::from_millis(10);
+        let usual = Duration::from_nanos(self.usual.load(Ordering::Relaxed));
+        !usual.is_zero() && ran >= usual.saturating_mul(HANGS).max(LEAST)
+    }
 }
 
 impl LoadGuard {
@@ -137,6 +158,7 @@ impl LoadGuard {
             started: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             shed: Default::default(),
+            usual: AtomicU64::new(0),
         })))
     }
 
@@ -327,8 +349,12 @@ impl Shed {
     }
 }
 
+/// So many times as long as loads usually take, and a load whose caller gave up counts as failed:
+/// a database that hangs is to be noticed even if no caller ever waits for the end.
+const HANGS: u32 = 8;
+
 /// The right to load, held for as long as the load runs. Dropped without an outcome, it says
-/// nothing about the database: the caller gave up.
+/// nothing about the database: the caller gave up. Unless the load has run for long.
 #[derive(Debug)]
 #[must_use = "the load's place is given back when this is dropped"]
 pub(crate) struct Permit {
@@ -369,10 +395,14 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let took = (self.end != End::Abandoned).then(|| self.started.elapsed());
+        let ran = self.started.elapsed();
+        let took = (self.end != End::Abandoned).then_some(ran);
         for held in self.held.drain(..) {
             let level = &*held.guard.0;
-            if self.end == End::Failure {
+            if self.end == End::Success {
+                level.learn(ran);
+            }
+            if self.end == End::Failure || (self.end == End::Abandoned && level.is_long(ran)) {
                 level.failed.fetch_add(1, Ordering::Relaxed);
                 if let (Some(throttle), Some(sent)) = (&level.throttle, held.sent) {
                     throttle.failed(sent);
