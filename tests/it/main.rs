@@ -4,6 +4,7 @@
 
 mod deadlines;
 mod failure_modes;
+mod fallback;
 mod health;
 mod interleavings;
 mod layers;

@@ -11,38 +11,38 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, advance, sleep};
 use tower_memcached::testing::Server;
 use tower_memcached::{
-    BlockingLoader, Client, ErrorKind, GroupLayer, Key, LoadGuard, LoadLimits, Loader, Payload,
-    ReadThroughLayer, ReadThroughSettings, Ttl,
+    BlockingLoader, Client, Error, ErrorKind, GroupLayer, Key, LoadGuard, LoadLimits, Loader,
+    Payload, ReadThroughLayer, ReadThroughSettings, Ttl,
 };
 
 use crate::support::{eventually, in_memory};
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-const TTL: Ttl = Ttl::secs(60);
+pub(crate) const TTL: Ttl = Ttl::secs(60);
 
-const fn ms(milliseconds: u64) -> Duration {
+pub(crate) const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
 
-const fn secs(seconds: u64) -> Duration {
+pub(crate) const fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
 /// Exact TTLs, and nothing refreshed by chance.
-fn exact() -> ReadThroughSettings {
+pub(crate) fn exact() -> ReadThroughSettings {
     let settings = ReadThroughSettings::default();
     settings.ttl_jitter(0.0).early_refresh(0.0)
 }
 
-fn client(server: &Server, settings: ReadThroughSettings) -> Client {
+pub(crate) fn client(server: &Server, settings: ReadThroughSettings) -> Client {
     let builder = in_memory(std::slice::from_ref(server));
     builder.read_through(settings).build().unwrap()
 }
 
 /// A table of one row, whose loads take a while and are counted.
 #[derive(Clone)]
-struct Table(Arc<Inner>);
+pub(crate) struct Table(Arc<Inner>);
 
 struct Inner {
     value: std::sync::Mutex<Result<Option<String>, String>>,
@@ -53,7 +53,7 @@ struct Inner {
 }
 
 impl Table {
-    fn new(value: &str, takes: Duration) -> Self {
+    pub(crate) fn new(value: &str, takes: Duration) -> Self {
         Self(Arc::new(Inner {
             value: std::sync::Mutex::new(Ok(Some(value.into()))),
             loads: AtomicUsize::new(0),
@@ -63,7 +63,7 @@ impl Table {
         }))
     }
 
-    fn update(&self, value: &str) {
+    pub(crate) fn update(&self, value: &str) {
         *self.0.value.lock().unwrap() = Ok(Some(value.into()));
     }
 
@@ -75,23 +75,37 @@ impl Table {
         *self.0.value.lock().unwrap() = Err("down".into());
     }
 
-    fn loads(&self) -> usize {
+    pub(crate) fn loads(&self) -> usize {
         self.0.loads.load(Ordering::Relaxed)
     }
 
     /// Reads the row at once and then takes its time: what it returns is as old as it may be.
-    async fn read(&self) -> Result<Option<String>, BoxError> {
+    pub(crate) async fn read(&self) -> Result<Option<String>, BoxError> {
+        self.read_in(self.0.takes).await
+    }
+
+    async fn read_in(&self, takes: Duration) -> Result<Option<String>, BoxError> {
         let value = self.0.value.lock().unwrap().clone();
         self.0.loads.fetch_add(1, Ordering::Relaxed);
         let running = self.0.running.fetch_add(1, Ordering::Relaxed) + 1;
         self.0.most.fetch_max(running, Ordering::Relaxed);
-        sleep(self.0.takes).await;
+        sleep(takes).await;
         self.0.running.fetch_sub(1, Ordering::Relaxed);
         Ok(value?)
     }
 
-    async fn get(&self, client: &Client) -> Result<Option<String>, tower_memcached::Error> {
-        let value = client.get_or_load("k", TTL, || self.read()).await?;
+    pub(crate) async fn get(&self, client: &Client) -> Result<Option<String>, Error> {
+        self.get_in(self.0.takes, client).await
+    }
+
+    /// The same with a load that takes so long.
+    pub(crate) async fn get_in(
+        &self,
+        takes: Duration,
+        client: &Client,
+    ) -> Result<Option<String>, Error> {
+        let load = || self.read_in(takes);
+        let value = client.get_or_load("k", TTL, load).await?;
         Ok(value.map(|value| String::from_utf8(value.to_vec()).unwrap()))
     }
 }
@@ -102,7 +116,7 @@ impl Loader for Table {
     }
 }
 
-fn some(value: &str) -> Option<String> {
+pub(crate) fn some(value: &str) -> Option<String> {
     Some(value.into())
 }
 
