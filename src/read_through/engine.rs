@@ -214,6 +214,9 @@ pub(crate) struct Terms {
     pub(crate) patient: bool,
 }
 
+/// How many leases may be given up at once. What exceeds it is left to expire.
+const RELEASES: usize = 1024;
+
 /// How many keys of one call are looked up at once.
 const LOOKUPS: usize = 64;
 
@@ -239,7 +242,7 @@ impl Engine {
         let permits = settings.max_refills.min(Semaphore::MAX_PERMITS);
         Arc::new(Self {
             refills: Arc::new(Semaphore::new(permits)),
-            releases: Arc::new(Semaphore::new(permits)),
+            releases: Arc::new(Semaphore::new(RELEASES)),
             elsewhere,
             settings,
             flights,
