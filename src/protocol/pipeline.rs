@@ -17,6 +17,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
+use memchr::memmem;
 use slab::Slab;
 use tokio::time::Instant;
 
@@ -907,7 +908,7 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
         Found::Nothing
     } else if header.client_flags == ABSENT_FLAGS
         // Also if somebody has appended or prepended to it: nobody has written that as a value.
-        && (data.starts_with(ABSENT) || data.ends_with(ABSENT))
+        && memmem::find(&data, ABSENT).is_some()
     {
         Found::Absent { left }
     } else {

@@ -4,7 +4,7 @@
 //! [`Client::get_or_load`](crate::Client::get_or_load) and
 //! [`get_many_or_load`](crate::Client::get_many_or_load) load with a closure of the caller's;
 //! [`ReadThroughLayer`] puts a shared [`Loader`] under a whole stack. All are the same engine
-//! (`engine.rs`), and [`ReadThroughSettings`] are the same for all:
+//! (`engine`), and [`ReadThroughSettings`] are the same for all:
 //!
 //! - of all who miss on a key in this process at once one loads (`flight.rs`), and with leases of all
 //!   processes one;

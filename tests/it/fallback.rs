@@ -427,19 +427,12 @@ async fn knowing_of_nothing(server: &Server, key: &str) -> Client {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_appended_to_nothing_makes_no_value() {
+async fn what_is_appended_or_prepended_to_nothing_makes_no_value() {
     let server = Server::new();
     let client = knowing_of_nothing(&server, "k").await;
-    // Whatever it says.
+    // Whatever these say.
     let _ = client.append("k", "tail").await;
     assert_eq!(client.get("k").await.unwrap(), None);
-}
-
-#[tokio::test(start_paused = true)]
-async fn what_is_prepended_to_nothing_makes_no_value() {
-    let server = Server::new();
-    let client = knowing_of_nothing(&server, "k").await;
-    // Whatever it says.
     let _ = client.prepend("k", "head").await;
     assert_eq!(client.get("k").await.unwrap(), None);
 }

@@ -10,35 +10,37 @@
 //! compare-and-swap on the lease's placeholder or on the old value. Who writes or deletes the key in
 //! between, in whatever process, takes the token away with that, and the loaded value is dropped.
 
+mod claim;
+mod load;
+mod refill;
+
 use std::collections::HashMap;
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use futures::future::join_all;
-use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tower::Service;
 
 use super::elsewhere::Elsewhere;
-use super::flight::{Flights, Load, Outcome, Outdated, Seat, Seen, Sighting, Source, Turn};
+use super::flight::{Flights, Outcome, Outdated, Seat, Seen, Sighting, Turn};
 use super::freshness::{self, Freshness};
-use super::guard::{LoadGuard, Patience, Permit};
+use super::guard::LoadGuard;
 use super::loads::Loads;
 use super::settings::ReadThroughSettings;
 use crate::call::Call;
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{Spawner, after, until};
 use crate::key::Key;
-use crate::request::{LeaseTerms, Operation, Purpose, Request, StoreMode};
-use crate::response::{CasOutcome, Found, LeaseState, Lookup, Response};
+use crate::request::{LeaseTerms, Operation, Request};
+use crate::response::{Found, LeaseState, Lookup, Response};
 use crate::telemetry;
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
+use claim::Claim;
 
 /// What a read-through needs of the stack below it: it has to outlive the call, so that what was
 /// loaded can be put back behind the answer. Every service of [`Request`]s that can does it.
@@ -172,16 +174,6 @@ enum Verdict {
     Fetch(Wanted),
 }
 
-/// What the cache says to who leads a flight.
-enum Claim {
-    /// Somebody has put it there meanwhile.
-    Found(Outcome),
-    /// It is for us to load it, and to put it back like this.
-    Load(Fill),
-    /// Another process loads it.
-    Elsewhere(CasToken, Away),
-}
-
 /// Whether it is on a node that is not its own: there it lives for as long as it may, and is not
 /// kept for longer than its TTL.
 type Away = bool;
@@ -215,17 +207,10 @@ pub(crate) struct Terms {
 }
 
 /// How many leases may be given up at once. What exceeds it is left to expire.
-const RELEASES: usize = 1024;
+const RELEASES: usize = 16 * 1024;
 
 /// How many keys of one call are looked up at once.
 const LOOKUPS: usize = 64;
-
-/// The pauses between looks whether another process has put back what it has the lease on.
-const FIRST_PAUSE: Duration = Duration::from_millis(4);
-const LONGEST_PAUSE: Duration = Duration::from_millis(64);
-
-/// So many loads of one flight may follow each other at once.
-const MANY_LOADS: u32 = 3;
 
 impl Engine {
     pub(crate) fn new(settings: ReadThroughSettings, spawner: Option<Spawner>) -> Arc<Self> {
@@ -630,459 +615,6 @@ impl Engine {
             .await;
         settled.extend(self.load(query, ready, terms, load).await);
         settled
-    }
-
-    /// Asks the cache whose it is to load a key.
-    async fn claim<S: Cache>(&self, query: &Query<S>, led: &Led, by: Instant) -> Claim {
-        let wanted = &led.wanted;
-        let unleased = |token: Option<CasToken>| {
-            let swap = |token| Fill::Swap(token, wanted.away);
-            Claim::Load(token.map_or(Fill::Add(wanted.away), swap))
-        };
-        match wanted.sighting.seen {
-            Seen::Failure => return Claim::Load(Fill::Not),
-            Seen::Unleased(token) => return unleased(token),
-            Seen::Vacancy(_) => {}
-        }
-        if Instant::now() >= by {
-            return Claim::Load(Fill::Not);
-        }
-        let recache = match wanted.early {
-            // What has just this left now has less than a second more.
-            Some(left) => left + Duration::from_secs(1),
-            None => self.settings.grace(),
-        };
-        let terms = LeaseTerms::new(self.settings.lease_duration()).recache(recache);
-        let asked = Instant::now();
-        match self.ask_lookup(query, &wanted.key, Some(terms), by).await {
-            Ok(lookup) => self.judge_claim(query, led, asked, lookup),
-            Err(_) => Claim::Load(Fill::Not),
-        }
-    }
-
-    fn judge_claim<S: Cache>(
-        &self,
-        query: &Query<S>,
-        led: &Led,
-        asked: Instant,
-        lookup: Lookup,
-    ) -> Claim {
-        let Lookup {
-            found,
-            token,
-            lease,
-            away,
-        } = lookup;
-        let found_there = |value: Option<Value>| {
-            Claim::Found(Outcome {
-                result: Ok(value),
-                source: Source::Cache(asked),
-            })
-        };
-        let key = &led.wanted.key;
-        let (value, left) = match (found, token) {
-            (Found::Absent { .. }, _) => return found_there(None),
-            (Found::Value { value, left }, _) => (value, left),
-            // There was no room for a placeholder, or what there is may not be used.
-            (Found::Nothing, None) => return Claim::Load(Fill::Not),
-            (Found::Nothing, Some(token)) => {
-                // Won now, or by who led this flight before.
-                let ours = lease == LeaseState::Won || led.seat.lease() == Some(token);
-                return match ours {
-                    true => self.hold(query, led, token, away),
-                    false => Claim::Elsewhere(token, away),
-                };
-            }
-        };
-        let Some(token) = token else {
-            return found_there(Some(value));
-        };
-        let overdue = self.elsewhere.is_overdue(key, token);
-        if lease == LeaseState::Won || overdue {
-            return Claim::Load(Fill::Swap(token, away));
-        }
-        let age = match freshness::judge(left, self.grace(away), Duration::ZERO) {
-            Freshness::Fresh | Freshness::Early => None,
-            Freshness::Stale(age) => Some(age),
-        };
-        if lease == LeaseState::Taken {
-            self.elsewhere.note(key, token);
-            let value = match age {
-                Some(_) => value.into_stale(),
-                None => value,
-            };
-            return found_there(Some(value));
-        }
-        match age {
-            None => found_there(Some(value)),
-            // To the server it has a moment left.
-            Some(_) => Claim::Load(Fill::Swap(token, away)),
-        }
-    }
-
-    /// The placeholder of a lease is ours. Unless it is used, it is removed, so that others need not
-    /// wait for it to expire.
-    fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken, away: Away) -> Claim {
-        let behind = Behind {
-            spawner: self.spawner.clone(),
-            permits: self.releases.clone(),
-        };
-        let (query, key) = (query.clone(), led.wanted.key.clone());
-        led.seat.hold(token, move || {
-            let request = refill(removal(key, token));
-            // If it is not, it expires.
-            behind.spawn(async move {
-                let _ = query.put(request).await;
-            });
-        });
-        Claim::Load(Fill::Swap(token, away))
-    }
-
-    /// Waits until other processes have put back what they have the leases on. What they have not
-    /// after a while is for us to load.
-    async fn wait_for_others<S: Cache>(
-        &self,
-        query: &Query<S>,
-        mut waiting: Vec<(Led, CasToken, Away)>,
-        terms: Terms,
-        settled: &mut Vec<Settled>,
-    ) -> Vec<(Led, Fill)> {
-        let mut ready = Vec::new();
-        if waiting.is_empty() {
-            return ready;
-        }
-        if !terms.patient {
-            let falls_back = |(led, ..): (Led, _, _)| led.wanted.conclude(Err(out_of_time()));
-            settled.extend(waiting.into_iter().map(falls_back));
-            return ready;
-        }
-        let patience = self.settings.lease_wait_limit();
-        let waits_until = after(Instant::now(), patience).min(terms.ends);
-        let mut pause = FIRST_PAUSE;
-        while !waiting.is_empty() {
-            let now = Instant::now();
-            if now >= waits_until {
-                break;
-            }
-            let due = after(now, pause.mul_f64(0.5 + fastrand::f64())).min(waits_until);
-            pause = (pause * 2).min(LONGEST_PAUSE);
-            let pending = std::future::pending::<()>();
-            if until(self.spawner.as_ref(), due, pending).await.is_err() {
-                break;
-            }
-            let by = after(Instant::now(), query.timeout).min(terms.ends);
-            let mut claims = Vec::with_capacity(waiting.len());
-            for waiting in waiting.chunks(LOOKUPS) {
-                let some = waiting.iter().map(|(led, ..)| self.claim(query, led, by));
-                claims.extend(join_all(some).await);
-            }
-            let looked = std::mem::take(&mut waiting).into_iter().zip(claims);
-            for ((led, ..), claim) in looked {
-                match claim {
-                    Claim::Found(outcome) => {
-                        telemetry::lease_wait("filled");
-                        settled.push(led.settle(outcome));
-                    }
-                    Claim::Load(fill) => {
-                        telemetry::lease_wait("released");
-                        ready.push((led, fill));
-                    }
-                    Claim::Elsewhere(token, away) => waiting.push((led, token, away)),
-                }
-            }
-        }
-        for (led, token, away) in waiting {
-            telemetry::lease_wait("ended");
-            // Should its winner be alive after all, the first of the two to be put back stays.
-            self.hold(query, &led, token, away);
-            ready.push((led, Fill::Swap(token, away)));
-        }
-        ready
-    }
-
-    /// Loads keys in one go, settles them, and puts back what was loaded.
-    async fn load<S, F, Fut>(
-        self: &Arc<Self>,
-        query: &Query<S>,
-        ready: Vec<(Led, Fill)>,
-        terms: Terms,
-        load: &mut F,
-    ) -> Vec<Settled>
-    where
-        S: Cache,
-        F: FnMut(Vec<Key>) -> Fut,
-        Fut: Future<Output = Loaded>,
-    {
-        if ready.is_empty() {
-            return Vec::new();
-        }
-        let spawner = self.spawner.as_ref();
-        let begun = ready.iter().map(|(led, _)| led.seat.loads()).max();
-        if let Some(pause) = self.pause_before(begun.unwrap_or_default()) {
-            let due = after(Instant::now(), pause).min(terms.ends);
-            let pending = std::future::pending::<()>();
-            if let Err(error) = until(spawner, due, pending).await {
-                return self.all_fail(ready, &error, false);
-            }
-            if due >= terms.ends {
-                return self.all_fail(ready, &out_of_time(), true);
-            }
-        }
-        let patience = match terms.patient {
-            true => Patience::Until(terms.ends),
-            false => Patience::Now,
-        };
-        let permit = match self.guard().enter(patience, spawner).await {
-            Ok(permit) => permit,
-            Err(shed) => return self.all_fail(ready, &shed, false),
-        };
-        let begun = Instant::now();
-        for (led, fill) in &ready {
-            let token = fill.token();
-            led.seat.begin(Load { begun, token });
-        }
-        let keys = ready.iter().map(|(led, _)| led.wanted.key.clone());
-        let keys: Vec<Key> = keys.collect();
-        // A loader may panic when it is called, polled, or dropped because its time is up.
-        let work = until(spawner, terms.ends, async { load(keys).await });
-        let (error, hands_over) = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(Ok(Some(Ok(loaded)))) => {
-                permit.succeeded();
-                self.learn(begun.elapsed());
-                return self.all_loaded(query, ready, loaded, begun).await;
-            }
-            Ok(Ok(Some(Err(error)))) => {
-                permit.failed();
-                (failed("the loader failed").with_source(error), false)
-            }
-            Err(_panic) => {
-                permit.failed();
-                (failed("the loader panicked"), true)
-            }
-            Ok(Ok(None)) => {
-                self.took_too_long(permit, begun);
-                let after = begun.elapsed();
-                (failed(format!("the loader took over {after:?}")), true)
-            }
-            Ok(Err(error)) => (error, false),
-        };
-        self.all_fail(ready, &error, hands_over)
-    }
-
-    /// How long to wait before a key is loaded once more in the same flight. Callers who leave sooner
-    /// than the database answers would hand over to each other load by load.
-    fn pause_before(&self, loads: u32) -> Option<Duration> {
-        let repeated = loads.checked_sub(MANY_LOADS)?;
-        let pause = FIRST_PAUSE.saturating_mul(1 << repeated.min(10));
-        Some(pause.min(self.settings.load_timeout / 4))
-    }
-
-    /// A load that did not have its time says nothing of the database.
-    fn took_too_long(&self, permit: Permit, begun: Instant) {
-        if begun.elapsed() >= self.settings.load_timeout / 2 {
-            permit.failed();
-        }
-    }
-
-    fn all_fail(&self, ready: Vec<(Led, Fill)>, error: &Error, hands_over: bool) -> Vec<Settled> {
-        let failed = ready.into_iter().map(|(led, fill)| {
-            if let (Some(token), Some(_)) = (fill.token(), &led.wanted.fallback) {
-                // Not every read tries to load anew what cannot be.
-                self.elsewhere.note(&led.wanted.key, token);
-            }
-            if hands_over && led.seat.hand_over() {
-                return led.wanted.conclude(Err(error.clone()));
-            }
-            led.seat.land();
-            led.settle(Outcome {
-                result: Err(error.clone()),
-                source: Source::Nowhere,
-            })
-        });
-        failed.collect()
-    }
-
-    async fn all_loaded<S: Cache>(
-        self: &Arc<Self>,
-        query: &Query<S>,
-        ready: Vec<(Led, Fill)>,
-        mut loaded: HashMap<Key, Payload>,
-        begun: Instant,
-    ) -> Vec<Settled> {
-        let mut settled = Vec::with_capacity(ready.len());
-        for (led, fill) in ready {
-            let payload = loaded.remove(&led.wanted.key);
-            let outcome = Outcome {
-                result: Ok(payload.clone().map(Value::from)),
-                source: Source::Load(Load {
-                    begun,
-                    token: fill.token(),
-                }),
-            };
-            let Led { wanted, turn, seat } = led;
-            seat.settle(outcome.clone());
-            drop(turn);
-            self.put_back(query, seat, &wanted.key, fill, payload).await;
-            settled.push(wanted.conclude(outcome.result));
-        }
-        settled
-    }
-
-    /// Puts back what was loaded, or that there is nothing, behind the answer.
-    async fn put_back<S: Cache>(
-        &self,
-        query: &Query<S>,
-        seat: Seat,
-        key: &Key,
-        fill: Fill,
-        loaded: Option<Payload>,
-    ) {
-        let Some(request) = self.refill(query, key, fill, loaded) else {
-            return seat.land();
-        };
-        let query = query.clone();
-        let write = async move {
-            let _refilling = match fill {
-                Fill::Add(_) => Some(seat.refilling().await),
-                // If it is old it does not fit any more.
-                Fill::Swap(..) | Fill::Not => None,
-            };
-            let result = match seat.is_outdated() {
-                true => Ok(false),
-                false => query.put(request).await,
-            };
-            telemetry::refill(match result {
-                Ok(true) => {
-                    seat.use_lease();
-                    "stored"
-                }
-                Ok(false) => "outdated",
-                // A lease that could not be used is given up with the seat.
-                Err(_) => "failed",
-            });
-        };
-        let behind = Behind {
-            spawner: self.spawner.clone(),
-            permits: self.refills.clone(),
-        };
-        if !behind.run(write).await {
-            telemetry::refill("dropped");
-        }
-    }
-
-    fn refill<S>(
-        &self,
-        query: &Query<S>,
-        key: &Key,
-        fill: Fill,
-        loaded: Option<Payload>,
-    ) -> Option<Request> {
-        let settings = &self.settings;
-        let (payload, ttl) = match (loaded, settings.negative_ttl) {
-            (Some(payload), _) => {
-                let ttl = query.ttl.jittered(settings.ttl_jitter, fastrand::f64());
-                let (Fill::Swap(_, away) | Fill::Add(away)) = fill else {
-                    return None;
-                };
-                (payload, ttl.extended(self.grace(away)))
-            }
-            (None, Some(ttl)) => (Payload::absent(), Ttl::from(ttl)),
-            // What is there is a placeholder, or a value of what no longer is.
-            (None, None) => {
-                return fill
-                    .token()
-                    .map(|token| refill(removal(key.clone(), token)));
-            }
-        };
-        let key = key.clone();
-        Some(refill(match fill {
-            Fill::Swap(token, _) => Operation::CompareAndSwap {
-                key,
-                payload,
-                ttl,
-                token,
-            },
-            Fill::Add(_) => Operation::Store {
-                mode: StoreMode::Add,
-                key,
-                payload,
-                ttl,
-            },
-            Fill::Not => return None,
-        }))
-    }
-
-    /// A moving average of what loads take.
-    fn learn(&self, took: Duration) {
-        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let known = self.cost.load(Ordering::Relaxed);
-        let cost = match known {
-            0 => took,
-            _ => known - known / 8 + took / 8,
-        };
-        // Of two at once one is lost, which matters to nobody.
-        self.cost.store(cost, Ordering::Relaxed);
-    }
-}
-
-impl<S: Cache> Query<S> {
-    /// Writes to the cache, in an operation's time of its own; whether it was stored.
-    async fn put(self, request: Request) -> Result<bool> {
-        let request = request.with_deadline(after(Instant::now(), self.timeout));
-        Ok(matches!(
-            request.ask(self.cache).await?,
-            Response::Swapped(CasOutcome::Stored) | Response::Stored(true)
-        ))
-    }
-}
-
-/// Where things are done behind the answer.
-struct Behind {
-    spawner: Option<Spawner>,
-    permits: Arc<Semaphore>,
-}
-
-impl Behind {
-    /// Runs it behind the answer if there is a runtime, and at once otherwise.
-    async fn run(self, write: impl Future<Output = ()> + Send + 'static) -> bool {
-        if self.spawner.is_none() && Handle::try_current().is_err() {
-            write.await;
-            return true;
-        }
-        self.spawn(write)
-    }
-
-    /// Runs it behind the answer; false if that cannot be, or as much is done there as may be.
-    fn spawn(self, write: impl Future<Output = ()> + Send + 'static) -> bool {
-        let Ok(permit) = self.permits.try_acquire_owned() else {
-            return false;
-        };
-        let write = async move {
-            write.await;
-            drop(permit);
-        };
-        match (&self.spawner, Handle::try_current()) {
-            (Some(spawner), _) => spawner.spawn(write).is_ok(),
-            (None, Ok(runtime)) => {
-                drop(runtime.spawn(write));
-                true
-            }
-            (None, Err(_)) => false,
-        }
-    }
-}
-
-fn refill(operation: Operation) -> Request {
-    Request::new(operation).with_purpose(Purpose::Refill)
-}
-
-/// Deletes what the token stands for: its successor has already expired.
-fn removal(key: Key, token: CasToken) -> Operation {
-    Operation::CompareAndSwap {
-        key,
-        payload: "".into(),
-        ttl: Ttl::secs(0),
-        token,
     }
 }
 

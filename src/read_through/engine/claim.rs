@@ -1,0 +1,200 @@
+//! Leases: whose it is to load a key, asked of memcached, and the wait for others who do.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::time::Instant;
+
+use super::refill::{Behind, refill, removal};
+use super::{Away, Cache, Engine, Fill, LOOKUPS, Led, Query, Settled, Terms, out_of_time};
+use crate::executor::{after, until};
+use crate::read_through::flight::{Outcome, Seen, Source};
+use crate::read_through::freshness::{self, Freshness};
+use crate::request::LeaseTerms;
+use crate::response::{Found, LeaseState, Lookup};
+use crate::telemetry;
+use crate::value::{CasToken, Value};
+
+/// What the cache says to who leads a flight.
+pub(super) enum Claim {
+    /// Somebody has put it there meanwhile.
+    Found(Outcome),
+    /// It is for us to load it, and to put it back like this.
+    Load(Fill),
+    /// Another process loads it.
+    Elsewhere(CasToken, Away),
+}
+
+/// The pauses between looks whether another process has put back what it has the lease on.
+const FIRST_PAUSE: Duration = Duration::from_millis(4);
+const LONGEST_PAUSE: Duration = Duration::from_millis(64);
+
+impl Engine {
+    /// Asks the cache whose it is to load a key.
+    pub(super) async fn claim<S: Cache>(&self, query: &Query<S>, led: &Led, by: Instant) -> Claim {
+        let wanted = &led.wanted;
+        let unleased = |token: Option<CasToken>| {
+            let swap = |token| Fill::Swap(token, wanted.away);
+            Claim::Load(token.map_or(Fill::Add(wanted.away), swap))
+        };
+        match wanted.sighting.seen {
+            Seen::Failure => return Claim::Load(Fill::Not),
+            Seen::Unleased(token) => return unleased(token),
+            Seen::Vacancy(_) => {}
+        }
+        if Instant::now() >= by {
+            return Claim::Load(Fill::Not);
+        }
+        let recache = match wanted.early {
+            // What has just this left now has less than a second more.
+            Some(left) => left + Duration::from_secs(1),
+            None => self.settings.grace(),
+        };
+        let terms = LeaseTerms::new(self.settings.lease_duration()).recache(recache);
+        let asked = Instant::now();
+        match self.ask_lookup(query, &wanted.key, Some(terms), by).await {
+            Ok(lookup) => self.judge_claim(query, led, asked, lookup),
+            Err(_) => Claim::Load(Fill::Not),
+        }
+    }
+
+    fn judge_claim<S: Cache>(
+        &self,
+        query: &Query<S>,
+        led: &Led,
+        asked: Instant,
+        lookup: Lookup,
+    ) -> Claim {
+        let Lookup {
+            found,
+            token,
+            lease,
+            away,
+        } = lookup;
+        let found_there = |value: Option<Value>| {
+            Claim::Found(Outcome {
+                result: Ok(value),
+                source: Source::Cache(asked),
+            })
+        };
+        let key = &led.wanted.key;
+        let (value, left) = match (found, token) {
+            (Found::Absent { .. }, _) => return found_there(None),
+            (Found::Value { value, left }, _) => (value, left),
+            // There was no room for a placeholder, or what there is may not be used.
+            (Found::Nothing, None) => return Claim::Load(Fill::Not),
+            (Found::Nothing, Some(token)) => {
+                // Won now, or by who led this flight before.
+                let ours = lease == LeaseState::Won || led.seat.lease() == Some(token);
+                return match ours {
+                    true => self.hold(query, led, token, away),
+                    false => Claim::Elsewhere(token, away),
+                };
+            }
+        };
+        let Some(token) = token else {
+            return found_there(Some(value));
+        };
+        let overdue = self.elsewhere.is_overdue(key, token);
+        if lease == LeaseState::Won || overdue {
+            return Claim::Load(Fill::Swap(token, away));
+        }
+        let age = match freshness::judge(left, self.grace(away), Duration::ZERO) {
+            Freshness::Fresh | Freshness::Early => None,
+            Freshness::Stale(age) => Some(age),
+        };
+        if lease == LeaseState::Taken {
+            self.elsewhere.note(key, token);
+            let value = match age {
+                Some(_) => value.into_stale(),
+                None => value,
+            };
+            return found_there(Some(value));
+        }
+        match age {
+            None => found_there(Some(value)),
+            // To the server it has a moment left.
+            Some(_) => Claim::Load(Fill::Swap(token, away)),
+        }
+    }
+
+    /// The placeholder of a lease is ours. Unless it is used, it is removed, so that others need not
+    /// wait for it to expire.
+    fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken, away: Away) -> Claim {
+        let behind = Behind {
+            spawner: self.spawner.clone(),
+            permits: self.releases.clone(),
+        };
+        let (query, key) = (query.clone(), led.wanted.key.clone());
+        led.seat.hold(token, move || {
+            let request = refill(removal(key, token));
+            // If it is not, it expires.
+            behind.spawn(async move {
+                let _ = query.put(request).await;
+            });
+        });
+        Claim::Load(Fill::Swap(token, away))
+    }
+
+    /// Waits until other processes have put back what they have the leases on. What they have not
+    /// after a while is for us to load.
+    pub(super) async fn wait_for_others<S: Cache>(
+        &self,
+        query: &Query<S>,
+        mut waiting: Vec<(Led, CasToken, Away)>,
+        terms: Terms,
+        settled: &mut Vec<Settled>,
+    ) -> Vec<(Led, Fill)> {
+        let mut ready = Vec::new();
+        if waiting.is_empty() {
+            return ready;
+        }
+        if !terms.patient {
+            let falls_back = |(led, ..): (Led, _, _)| led.wanted.conclude(Err(out_of_time()));
+            settled.extend(waiting.into_iter().map(falls_back));
+            return ready;
+        }
+        let patience = self.settings.lease_wait_limit();
+        let waits_until = after(Instant::now(), patience).min(terms.ends);
+        let mut pause = FIRST_PAUSE;
+        while !waiting.is_empty() {
+            let now = Instant::now();
+            if now >= waits_until {
+                break;
+            }
+            let due = after(now, pause.mul_f64(0.5 + fastrand::f64())).min(waits_until);
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            let pending = std::future::pending::<()>();
+            if until(self.spawner.as_ref(), due, pending).await.is_err() {
+                break;
+            }
+            let by = after(Instant::now(), query.timeout).min(terms.ends);
+            let mut claims = Vec::with_capacity(waiting.len());
+            for waiting in waiting.chunks(LOOKUPS) {
+                let some = waiting.iter().map(|(led, ..)| self.claim(query, led, by));
+                claims.extend(join_all(some).await);
+            }
+            let looked = std::mem::take(&mut waiting).into_iter().zip(claims);
+            for ((led, ..), claim) in looked {
+                match claim {
+                    Claim::Found(outcome) => {
+                        telemetry::lease_wait("filled");
+                        settled.push(led.settle(outcome));
+                    }
+                    Claim::Load(fill) => {
+                        telemetry::lease_wait("released");
+                        ready.push((led, fill));
+                    }
+                    Claim::Elsewhere(token, away) => waiting.push((led, token, away)),
+                }
+            }
+        }
+        for (led, token, away) in waiting {
+            telemetry::lease_wait("ended");
+            // Should its winner be alive after all, the first of the two to be put back stays.
+            self.hold(query, &led, token, away);
+            ready.push((led, Fill::Swap(token, away)));
+        }
+        ready
+    }
+}

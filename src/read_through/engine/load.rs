@@ -1,0 +1,167 @@
+//! Loading: by the guard, within the time there is, and what comes of it for those who wait.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use tokio::time::Instant;
+
+use super::{Cache, Engine, Fill, Led, Loaded, Query, Settled, Terms, failed, out_of_time};
+use crate::error::Error;
+use crate::executor::{after, until};
+use crate::key::Key;
+use crate::read_through::flight::{Load, Outcome, Source};
+use crate::read_through::guard::{Patience, Permit};
+use crate::value::{Payload, Value};
+
+/// So many loads of one flight may follow each other at once.
+const MANY_LOADS: u32 = 3;
+
+/// The pause before the first that may not.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(4);
+
+impl Engine {
+    /// Loads keys in one go, settles them, and puts back what was loaded.
+    pub(super) async fn load<S, F, Fut>(
+        self: &Arc<Self>,
+        query: &Query<S>,
+        ready: Vec<(Led, Fill)>,
+        terms: Terms,
+        load: &mut F,
+    ) -> Vec<Settled>
+    where
+        S: Cache,
+        F: FnMut(Vec<Key>) -> Fut,
+        Fut: Future<Output = Loaded>,
+    {
+        if ready.is_empty() {
+            return Vec::new();
+        }
+        let spawner = self.spawner.as_ref();
+        let begun = ready.iter().map(|(led, _)| led.seat.loads()).max();
+        if let Some(pause) = self.pause_before(begun.unwrap_or_default()) {
+            let due = after(Instant::now(), pause).min(terms.ends);
+            let pending = std::future::pending::<()>();
+            if let Err(error) = until(spawner, due, pending).await {
+                return self.all_fail(ready, &error, false);
+            }
+            if due >= terms.ends {
+                return self.all_fail(ready, &out_of_time(), true);
+            }
+        }
+        let patience = match terms.patient {
+            true => Patience::Until(terms.ends),
+            false => Patience::Now,
+        };
+        let permit = match self.guard().enter(patience, spawner).await {
+            Ok(permit) => permit,
+            Err(shed) => return self.all_fail(ready, &shed, false),
+        };
+        let begun = Instant::now();
+        for (led, fill) in &ready {
+            let token = fill.token();
+            led.seat.begin(Load { begun, token });
+        }
+        let keys = ready.iter().map(|(led, _)| led.wanted.key.clone());
+        let keys: Vec<Key> = keys.collect();
+        // A loader may panic when it is called, polled, or dropped because its time is up.
+        let work = until(spawner, terms.ends, async { load(keys).await });
+        let (error, hands_over) = match AssertUnwindSafe(work).catch_unwind().await {
+            Ok(Ok(Some(Ok(loaded)))) => {
+                permit.succeeded();
+                self.learn(begun.elapsed());
+                return self.all_loaded(query, ready, loaded, begun).await;
+            }
+            Ok(Ok(Some(Err(error)))) => {
+                permit.failed();
+                (failed("the loader failed").with_source(error), false)
+            }
+            Err(_panic) => {
+                permit.failed();
+                (failed("the loader panicked"), true)
+            }
+            Ok(Ok(None)) => {
+                self.took_too_long(permit, begun);
+                let after = begun.elapsed();
+                (failed(format!("the loader took over {after:?}")), true)
+            }
+            Ok(Err(error)) => (error, false),
+        };
+        self.all_fail(ready, &error, hands_over)
+    }
+
+    /// How long to wait before a key is loaded once more in the same flight. Callers who leave sooner
+    /// than the database answers would hand over to each other load by load.
+    fn pause_before(&self, loads: u32) -> Option<Duration> {
+        let repeated = loads.checked_sub(MANY_LOADS)?;
+        let pause = SHORTEST_PAUSE.saturating_mul(1 << repeated.min(10));
+        Some(pause.min(self.settings.load_timeout / 4))
+    }
+
+    /// A load that did not have its time says nothing of the database.
+    fn took_too_long(&self, permit: Permit, begun: Instant) {
+        if begun.elapsed() >= self.settings.load_timeout / 2 {
+            permit.failed();
+        }
+    }
+
+    fn all_fail(&self, ready: Vec<(Led, Fill)>, error: &Error, hands_over: bool) -> Vec<Settled> {
+        let failed = ready.into_iter().map(|(led, fill)| {
+            if let (Some(token), Some(_)) = (fill.token(), &led.wanted.fallback) {
+                // Not every read tries to load anew what cannot be.
+                self.elsewhere.note(&led.wanted.key, token);
+            }
+            if hands_over && led.seat.hand_over() {
+                return led.wanted.conclude(Err(error.clone()));
+            }
+            led.seat.land();
+            led.settle(Outcome {
+                result: Err(error.clone()),
+                source: Source::Nowhere,
+            })
+        });
+        failed.collect()
+    }
+
+    async fn all_loaded<S: Cache>(
+        self: &Arc<Self>,
+        query: &Query<S>,
+        ready: Vec<(Led, Fill)>,
+        mut loaded: HashMap<Key, Payload>,
+        begun: Instant,
+    ) -> Vec<Settled> {
+        let mut settled = Vec::with_capacity(ready.len());
+        for (led, fill) in ready {
+            let payload = loaded.remove(&led.wanted.key);
+            let outcome = Outcome {
+                result: Ok(payload.clone().map(Value::from)),
+                source: Source::Load(Load {
+                    begun,
+                    token: fill.token(),
+                }),
+            };
+            let Led { wanted, turn, seat } = led;
+            seat.settle(outcome.clone());
+            drop(turn);
+            self.put_back(query, seat, &wanted.key, fill, payload).await;
+            settled.push(wanted.conclude(outcome.result));
+        }
+        settled
+    }
+
+    /// A moving average of what loads take.
+    fn learn(&self, took: Duration) {
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        let known = self.cost.load(Ordering::Relaxed);
+        let cost = match known {
+            0 => took,
+            _ => known - known / 8 + took / 8,
+        };
+        // Of two at once one is lost, which matters to nobody.
+        self.cost.store(cost, Ordering::Relaxed);
+    }
+}
