@@ -48,14 +48,17 @@ pub const RETRIES: &str = "memcached_retries_total";
 pub const HEDGES: &str = "memcached_hedges_total";
 /// A retry, failover or hedge was not made because the retry budget was spent. Label: `node`.
 pub const BUDGET_EXHAUSTED: &str = "memcached_retry_budget_exhausted_total";
-/// A read that may load ended. Label: `result` (`hit`; `stale`; `loaded`, by this caller or the one
-/// it waited for; `absent`, not in the database; `shed`; `failed`).
+/// A read that may load ended. Label: `result` (`hit`; `stale`; `refreshed`, good and being loaded
+/// anew; `loaded`, by this caller or the one it waited for; `absent`, not in the database; `shed`;
+/// `failed`).
 pub const READ_THROUGHS: &str = "memcached_read_throughs_total";
 /// What was loaded was written to the cache, or not. Label: `result` (`stored`; `outdated`: the key
-/// was written or invalidated during the load; `failed`; `dropped`: too many were under way).
+/// was written or invalidated during the load; `failed`; `dropped`: too many were under way;
+/// `skipped`: the cache could not be asked before the load; `removed`: there is nothing, and a lease or
+/// an old value was taken away).
 pub const REFILLS: &str = "memcached_refills_total";
 /// A wait for another process that has the lease on a key ended. Label: `result` (`filled`;
-/// `released`: it gave the lease up; `ended`: it took too long).
+/// `released`: it gave the lease up, or the cache did not answer; `ended`: it took too long).
 pub const LEASE_WAITS: &str = "memcached_lease_waits_total";
 
 /// A load under a [`LoadGuard`](crate::LoadGuard) ended. Labels: `guard`, its name; `result`

@@ -114,7 +114,8 @@ impl<S> Client<S> {
     }
 
     /// The same client with other settings for what it loads, such as a functional group's; the
-    /// connections are shared. What the two load they do not share.
+    /// connections are shared. So are loads under way: who joins one of the other's gets what comes of
+    /// it, within the other's limits.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`], naming the setting that makes no sense.
@@ -260,12 +261,16 @@ where
     /// As the operation's; [`ErrorKind::Timeout`] at the deadline.
     pub async fn call(&self, request: Request) -> Result<Response> {
         let shared = &*self.shared;
-        if request.operation().changes()
-            && let Some(key) = request.operation().key()
-        {
-            // What is being loaded for it is old now.
-            let half = after(Instant::now(), shared.timeout / 2);
-            shared.reads.forget(key, half).await;
+        let mut request = request;
+        if request.operation().changes() {
+            // What is being loaded for it is old now. That, too, has to be done by the deadline.
+            let now = Instant::now();
+            request = request.with_deadline(after(now, shared.timeout));
+            let half = after(now, shared.timeout / 2);
+            let by = request.deadline().map_or(half, |ends| ends.min(half));
+            if let Some(key) = request.operation().key() {
+                shared.reads.forget(key, by).await;
+            }
         }
         let spawner = shared.spawner.as_ref();
         Call::new(self.service.clone(), request, shared.timeout, spawner).await

@@ -479,12 +479,14 @@ impl<S: Cache> Client<S> {
     ///
     /// # Errors
     /// As for [`delete`](Self::delete). This client will not read the old value even then: the key is
-    /// in its journal. Others may, until it expires or they invalidate it.
+    /// in its journal (unless it is made [`from_service`](Self::from_service) without a
+    /// [`Cluster`](crate::Cluster), or a user's layer lets nothing pass). Others may, until it expires
+    /// or somebody invalidates it.
     pub async fn invalidate(&self, key: impl IntoKey) -> Result<()> {
         let key = key.into_key()?;
         let deadline = after(Instant::now(), self.shared.timeout);
-        let delete = Request::new(Operation::Delete { key }).with_deadline(deadline);
-        match self.call(delete.clone()).await {
+        let delete = Request::new(Operation::Delete { key });
+        match self.call(delete.clone().with_deadline(deadline)).await {
             Ok(Response::Deleted(_)) => Ok(()),
             Ok(other) => Err(misfit(&other)),
             Err(error) => {

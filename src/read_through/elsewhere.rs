@@ -18,7 +18,14 @@ const CAPACITY: usize = 4096;
 
 pub(super) struct Elsewhere {
     lease: Duration,
-    noted: Mutex<HashMap<Key, Noted>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    noted: HashMap<Key, Noted>,
+    /// When room was made for the last time.
+    swept: Option<Instant>,
 }
 
 /// A version that is being replaced, since when it is.
@@ -31,19 +38,25 @@ impl Elsewhere {
     pub(super) fn new(lease: Duration) -> Self {
         Self {
             lease,
-            noted: Mutex::default(),
+            known: Mutex::default(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Noted>> {
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Somebody has just been told to load this version anew, or has been for a while.
     pub(super) fn note(&self, key: &Key, token: CasToken) {
-        let mut noted = self.lock();
+        const A_SECOND: Duration = Duration::from_secs(1);
+        let mut known = self.lock();
+        let Known { noted, swept } = &mut *known;
         let now = Instant::now();
         if noted.len() >= CAPACITY && !noted.contains_key(key) {
+            if swept.is_some_and(|swept| now.duration_since(swept) < A_SECOND) {
+                return;
+            }
+            *swept = Some(now);
             noted.retain(|_, noted| now.duration_since(noted.since) < self.lease);
             if noted.len() >= CAPACITY {
                 return;
@@ -68,8 +81,8 @@ impl Elsewhere {
     }
 
     fn ask(&self, key: &Key, token: CasToken, answer: impl FnOnce(bool) -> bool) -> bool {
-        let noted = self.lock();
-        let known = noted.get(key).filter(|noted| noted.token == token);
+        let known = self.lock();
+        let known = known.noted.get(key).filter(|noted| noted.token == token);
         known.is_some_and(|known| answer(self.has_passed(known, Instant::now())))
     }
 
@@ -129,6 +142,6 @@ mod tests {
         tokio::time::advance(LEASE).await;
         elsewhere.note(&key(CAPACITY), token(1));
         assert!(elsewhere.is_at_it(&key(CAPACITY), token(1)));
-        assert_eq!(elsewhere.lock().len(), 1);
+        assert_eq!(elsewhere.lock().noted.len(), 1);
     }
 }

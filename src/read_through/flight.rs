@@ -62,8 +62,10 @@ pub(super) enum Source {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Load {
     pub(super) begun: Instant,
-    /// What the cache had under the key before it, if leases tell.
+    /// What the cache had under the key before it, if that is known.
     pub(super) token: Option<CasToken>,
+    /// Whether there are leases. Without them invalidations in this process are all that count.
+    pub(super) leased: bool,
 }
 
 impl Outcome {
@@ -80,16 +82,14 @@ impl Outcome {
 impl Load {
     /// Whether what it gives is no older than anything that was invalidated before the asker began;
     /// `None` if that cannot be told. An invalidation, by whomever, takes away what the cache had
-    /// when the load began; where there are no leases those in this process are all that count, and
-    /// they end the flight ([`Flights::outdate`]).
+    /// when the load began; one in this process ends the flight as well ([`Flights::outdate`]).
     fn serves(&self, asker: &Sighting) -> Option<bool> {
-        if asker.asked <= self.begun {
+        if asker.asked <= self.begun || !self.leased {
             return Some(true);
         }
         match (asker.seen, self.token) {
-            (Seen::Unleased(_), _) => Some(true),
             (Seen::Vacancy(seen), Some(token)) => Some(seen == Some(token)),
-            (Seen::Vacancy(_), None) | (Seen::Failure, _) => None,
+            _ => None,
         }
     }
 }
@@ -287,10 +287,13 @@ impl Seat {
 
     /// The flight holds a lease, which is given up with the last seat unless it is used.
     pub(super) fn hold(&self, token: CasToken, give_up: impl FnOnce() + Send + 'static) {
-        self.flight.state().lease = Some(Lease {
+        let lease = Lease {
             token,
             give_up: Box::new(give_up),
-        });
+        };
+        let before = self.flight.state().lease.replace(lease);
+        // Not under the lock: it may hold the last handle of a client.
+        drop(before);
     }
 
     /// The lease is used.

@@ -17,7 +17,7 @@ use super::settings::ReadThroughSettings;
 use crate::error::{BoxError, Error, Result};
 use crate::executor::{Executor, Spawner, after};
 use crate::key::Key;
-use crate::request::{Operation, Request};
+use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::ttl::Ttl;
 use crate::value::Payload;
@@ -61,7 +61,8 @@ pub trait Loader: Send + Sync + 'static {
 ///
 /// A load runs on a task of its own, so that a caller who leaves does not end what others wait for,
 /// and old values are refreshed behind the answer. The whole call has the client's
-/// [`timeout`](crate::ClientBuilder::timeout), which should leave time to load.
+/// [`timeout`](crate::ClientBuilder::timeout): 100 ms unless set, half of it for the cache. A load that
+/// takes longer than the rest is an error to its caller, and fills the cache all the same.
 ///
 /// [`Client::invalidate`]: crate::Client::invalidate
 #[derive(Debug)]
@@ -109,7 +110,8 @@ impl<L: Loader> ReadThroughLayer<L> {
         Ok(self)
     }
 
-    /// How long all work on the cache before a load may take; 100 ms by default.
+    /// How long all work on the cache before a load may take; 100 ms by default, and never more than
+    /// half of the request's time.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if it is zero.
@@ -192,7 +194,10 @@ impl<S: Cache, L: Loader> Service<Request> for ReadThrough<S, L> {
         } = self.clone();
         Box::pin(async move {
             let deadline = request.deadline();
-            let query = Query::new(inner.clone(), layer.ttl, layer.timeout).ending(deadline);
+            // Of a request's time half is for the load.
+            let left = deadline.map(|ends| ends.saturating_duration_since(Instant::now()) / 2);
+            let timeout = left.map_or(layer.timeout, |left| left.min(layer.timeout));
+            let query = Query::new(inner.clone(), layer.ttl, timeout).ending(deadline);
             let mut loads = shared(layer.loader, layer.spawner);
             match request.operation() {
                 Operation::Get {
@@ -208,6 +213,7 @@ impl<S: Cache, L: Loader> Service<Request> for ReadThrough<S, L> {
                 }
                 operation => {
                     if operation.changes()
+                        && request.purpose() != Purpose::Refill
                         && let Some(key) = operation.key()
                     {
                         let by = after(Instant::now(), layer.timeout);

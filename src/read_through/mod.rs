@@ -1,5 +1,6 @@
 //! Database fallback: what the cache does not have, or cannot give, is loaded and put back; and
-//! however bad the cache's day is, the database sees a bounded number and rate of loads.
+//! however bad the cache's day is, the database sees a bounded number of loads at once, and if you say
+//! which, a bounded rate of them.
 //!
 //! [`Client::get_or_load`](crate::Client::get_or_load) and
 //! [`get_many_or_load`](crate::Client::get_many_or_load) load with a closure of the caller's;

@@ -85,9 +85,9 @@ impl ReadThroughSettings {
     }
 
     /// How long a lease is, in whole seconds, rounded up; a second more than
-    /// [`load_timeout`](Self::load_timeout) by default. A process that dies with one keeps others
-    /// from putting a value back for so long, but not from loading it
-    /// ([`lease_wait`](Self::lease_wait)).
+    /// [`load_timeout`](Self::load_timeout) by default. A process that dies with one costs the others a
+    /// [`lease_wait`](Self::lease_wait) each; an old value that it was to load anew stays old for so
+    /// long.
     #[must_use]
     pub fn lease(mut self, lease: Duration) -> Self {
         self.lease = Some(lease);

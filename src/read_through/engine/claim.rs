@@ -48,7 +48,7 @@ impl Engine {
         let recache = match wanted.early {
             // What has just this left now has less than a second more.
             Some(left) => left + Duration::from_secs(1),
-            None => self.settings.grace(),
+            None => self.grace(wanted.away),
         };
         let terms = LeaseTerms::new(self.settings.lease_duration()).recache(recache);
         let asked = Instant::now();
@@ -121,17 +121,16 @@ impl Engine {
     /// The placeholder of a lease is ours. Unless it is used, it is removed, so that others need not
     /// wait for it to expire.
     fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken, away: Away) -> Claim {
-        let behind = Behind {
-            spawner: self.spawner.clone(),
-            permits: self.releases.clone(),
-        };
+        let (spawner, releases) = (self.spawner.clone(), self.releases.clone());
         let (query, key) = (query.clone(), led.wanted.key.clone());
         led.seat.hold(token, move || {
             let request = refill(removal(key, token));
             // If it is not, it expires.
-            behind.spawn(async move {
-                let _ = query.put(request).await;
-            });
+            if let Some(behind) = Behind::new(spawner, &releases) {
+                behind.spawn(async move {
+                    let _ = query.put(request).await;
+                });
+            }
         });
         Claim::Load(Fill::Swap(token, away))
     }
@@ -143,16 +142,15 @@ impl Engine {
         query: &Query<S>,
         mut waiting: Vec<(Led, CasToken, Away)>,
         terms: Terms,
-        settled: &mut Vec<Settled>,
-    ) -> Vec<(Led, Fill)> {
-        let mut ready = Vec::new();
+    ) -> (Vec<Settled>, Vec<(Led, Fill)>) {
+        let (mut settled, mut ready) = (Vec::new(), Vec::new());
         if waiting.is_empty() {
-            return ready;
+            return (settled, ready);
         }
         if !terms.patient {
             let falls_back = |(led, ..): (Led, _, _)| led.wanted.conclude(Err(out_of_time()));
             settled.extend(waiting.into_iter().map(falls_back));
-            return ready;
+            return (settled, ready);
         }
         let patience = self.settings.lease_wait_limit();
         let waits_until = after(Instant::now(), patience).min(terms.ends);
@@ -191,10 +189,10 @@ impl Engine {
         }
         for (led, token, away) in waiting {
             telemetry::lease_wait("ended");
-            // Should its winner be alive after all, the first of the two to be put back stays.
-            self.hold(query, &led, token, away);
+            // Should its winner be alive after all, the first of the two to be put back stays. The lease
+            // is still the winner's: it is not for us to give up.
             ready.push((led, Fill::Swap(token, away)));
         }
-        ready
+        (settled, ready)
     }
 }

@@ -14,7 +14,7 @@ use super::{Cache, Engine, Fill, Led, Loaded, Query, Settled, Terms, failed, out
 use crate::error::Error;
 use crate::executor::{after, until};
 use crate::key::Key;
-use crate::read_through::flight::{Load, Outcome, Source};
+use crate::read_through::flight::{Load, Outcome, Seen, Source};
 use crate::read_through::guard::{Patience, Permit};
 use crate::value::{Payload, Value};
 
@@ -49,9 +49,9 @@ impl Engine {
             if let Err(error) = until(spawner, due, pending).await {
                 return self.all_fail(ready, &error, false);
             }
-            if due >= terms.ends {
-                return self.all_fail(ready, &out_of_time(), true);
-            }
+        }
+        if Instant::now() >= terms.ends {
+            return self.all_fail(ready, &out_of_time(), true);
         }
         let patience = match terms.patient {
             true => Patience::Until(terms.ends),
@@ -61,10 +61,12 @@ impl Engine {
             Ok(permit) => permit,
             Err(shed) => return self.all_fail(ready, &shed, false),
         };
+        if Instant::now() >= terms.ends {
+            return self.all_fail(ready, &out_of_time(), true);
+        }
         let begun = Instant::now();
         for (led, fill) in &ready {
-            let token = fill.token();
-            led.seat.begin(Load { begun, token });
+            led.seat.begin(self.beginning(led, *fill, begun));
         }
         let keys = ready.iter().map(|(led, _)| led.wanted.key.clone());
         let keys: Vec<Key> = keys.collect();
@@ -127,6 +129,18 @@ impl Engine {
         failed.collect()
     }
 
+    fn beginning(&self, led: &Led, fill: Fill, begun: Instant) -> Load {
+        Load {
+            begun,
+            token: fill.token(),
+            leased: match led.wanted.sighting.seen {
+                Seen::Vacancy(_) => true,
+                Seen::Unleased(_) => false,
+                Seen::Failure => self.settings.leases,
+            },
+        }
+    }
+
     async fn all_loaded<S: Cache>(
         self: &Arc<Self>,
         query: &Query<S>,
@@ -139,10 +153,7 @@ impl Engine {
             let payload = loaded.remove(&led.wanted.key);
             let outcome = Outcome {
                 result: Ok(payload.clone().map(Value::from)),
-                source: Source::Load(Load {
-                    begun,
-                    token: fill.token(),
-                }),
+                source: Source::Load(self.beginning(&led, fill, begun)),
             };
             let Led { wanted, turn, seat } = led;
             seat.settle(outcome.clone());

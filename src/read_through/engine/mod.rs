@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tower::Service;
@@ -69,7 +69,7 @@ pub(crate) type Loaded = Result<HashMap<Key, Payload>, BoxError>;
 pub(crate) struct Engine {
     settings: ReadThroughSettings,
     flights: Flights,
-    elsewhere: Arc<Elsewhere>,
+    elsewhere: Elsewhere,
     /// Where what is put back is written; the caller's runtime if there is none.
     spawner: Option<Spawner>,
     refills: Arc<Semaphore>,
@@ -214,21 +214,15 @@ const LOOKUPS: usize = 64;
 
 impl Engine {
     pub(crate) fn new(settings: ReadThroughSettings, spawner: Option<Spawner>) -> Arc<Self> {
-        let elsewhere = Arc::new(Elsewhere::new(settings.lease_duration()));
-        Self::of(settings, spawner, Flights::default(), elsewhere)
+        Self::of(settings, spawner, Flights::default())
     }
 
-    fn of(
-        settings: ReadThroughSettings,
-        spawner: Option<Spawner>,
-        flights: Flights,
-        elsewhere: Arc<Elsewhere>,
-    ) -> Arc<Self> {
+    fn of(settings: ReadThroughSettings, spawner: Option<Spawner>, flights: Flights) -> Arc<Self> {
         let permits = settings.max_refills.min(Semaphore::MAX_PERMITS);
         Arc::new(Self {
             refills: Arc::new(Semaphore::new(permits)),
             releases: Arc::new(Semaphore::new(RELEASES)),
-            elsewhere,
+            elsewhere: Elsewhere::new(settings.lease_duration()),
             settings,
             flights,
             spawner,
@@ -244,8 +238,7 @@ impl Engine {
     /// Another way to load the same keys: what one of the two invalidates the other does not put
     /// back.
     pub(crate) fn with_settings(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        let (spawner, flights) = (self.spawner.clone(), self.flights.clone());
-        Self::of(settings, spawner, flights, self.elsewhere.clone())
+        Self::of(settings, self.spawner.clone(), self.flights.clone())
     }
 
     fn guard(&self) -> &LoadGuard {
@@ -291,22 +284,22 @@ impl Engine {
         Fut: Future<Output = Loaded>,
     {
         let lookup = self.look_up(query, &key).await;
-        let settled = match self.judge(query, 0, key, lookup) {
+        let (settled, otherwise) = match self.judge(query, 0, key, lookup) {
             Verdict::Settled(result) => return counted(result, "hit"),
             Verdict::Refresh(wanted) => {
                 let terms = self.terms(query, false);
-                self.refresh(query, vec![wanted], terms, loads).await
+                let settled = self.refresh(query, vec![wanted], terms, loads).await;
+                (settled, "refreshed")
             }
             Verdict::Fetch(wanted) => {
                 let terms = self.terms(query, true);
-                self.fetch(query, vec![wanted], terms, loads).await
+                let settled = self.fetch(query, vec![wanted], terms, loads).await;
+                (settled, "loaded")
             }
         };
         let settled = settled.into_iter().next();
-        counted(
-            settled.map_or_else(|| Err(lost()), |(_, result)| result),
-            "loaded",
-        )
+        let result = settled.map_or_else(|| Err(lost()), |(_, result)| result);
+        counted(result, otherwise)
     }
 
     /// Reads many keys, and sees to it that what is missing is loaded, all at once.
@@ -338,10 +331,11 @@ impl Engine {
         }
         // What is missing first: somebody waits for it.
         let terms = self.terms(query, true);
-        let mut settled = self.fetch(query, fetch, terms, loads).await;
-        settled.extend(self.refresh(query, refresh, terms, loads).await);
-        for (index, result) in settled {
+        for (index, result) in self.fetch(query, fetch, terms, loads).await {
             results[index] = counted(result, "loaded");
+        }
+        for (index, result) in self.refresh(query, refresh, terms, loads).await {
+            results[index] = counted(result, "refreshed");
         }
         results
     }
@@ -414,7 +408,7 @@ impl Engine {
         let lookup = match lookup {
             Ok(lookup) => lookup,
             Err(error) if is_final(&error) => return Verdict::Settled(Err(error)),
-            // A value over this client's limit: it is there, so nothing can be put back.
+            // What is there is not known, so nothing can be put back.
             Err(_) => return Verdict::Fetch(wanted),
         };
         wanted.away = lookup.away;
@@ -608,11 +602,14 @@ impl Engine {
                 Claim::Elsewhere(token, away) => waiting.push((led, token, away)),
             }
         }
-        // Who waits for another process does not keep waiting who need not.
-        settled.extend(self.load(query, ready, terms, load).await);
-        let ready = self
-            .wait_for_others(query, waiting, terms, &mut settled)
-            .await;
+        // What others load is waited for meanwhile.
+        let (loaded, (filled, ready)) = join(
+            self.load(query, ready, terms, load),
+            self.wait_for_others(query, waiting, terms),
+        )
+        .await;
+        settled.extend(loaded);
+        settled.extend(filled);
         settled.extend(self.load(query, ready, terms, load).await);
         settled
     }

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::{Cache, Engine, Fill, Query};
@@ -28,10 +28,19 @@ impl Engine {
         fill: Fill,
         loaded: Option<Payload>,
     ) {
+        let loaded_nothing = loaded.is_none();
         let Some(request) = self.refill(query, key, fill, loaded) else {
+            if matches!(fill, Fill::Not) {
+                telemetry::refill("skipped");
+            }
+            return seat.land();
+        };
+        let Some(behind) = Behind::new(self.spawner.clone(), &self.refills) else {
+            telemetry::refill("dropped");
             return seat.land();
         };
         let query = query.clone();
+        let removes = loaded_nothing && self.settings.negative_ttl.is_none();
         let write = async move {
             let _refilling = match fill {
                 Fill::Add(_) => Some(seat.refilling().await),
@@ -45,20 +54,16 @@ impl Engine {
             telemetry::refill(match result {
                 Ok(true) => {
                     seat.use_lease();
-                    "stored"
+                    if removes { "removed" } else { "stored" }
                 }
                 Ok(false) => "outdated",
                 // A lease that could not be used is given up with the seat.
                 Err(_) => "failed",
             });
+            // It is in the cache, or will not be: nobody has to wait for that any more.
+            seat.land();
         };
-        let behind = Behind {
-            spawner: self.spawner.clone(),
-            permits: self.refills.clone(),
-        };
-        if !behind.run(write).await {
-            telemetry::refill("dropped");
-        }
+        behind.run(write).await;
     }
 
     fn refill<S>(
@@ -117,36 +122,37 @@ impl<S: Cache> Query<S> {
 
 /// Where things are done behind the answer.
 pub(super) struct Behind {
-    pub(super) spawner: Option<Spawner>,
-    pub(super) permits: Arc<Semaphore>,
+    spawner: Option<Spawner>,
+    permit: OwnedSemaphorePermit,
 }
 
 impl Behind {
-    /// Runs it behind the answer if there is a runtime, and at once otherwise.
-    async fn run(self, write: impl Future<Output = ()> + Send + 'static) -> bool {
-        if self.spawner.is_none() && Handle::try_current().is_err() {
-            write.await;
-            return true;
-        }
-        self.spawn(write)
+    /// `None` if as much is done there as may be.
+    pub(super) fn new(spawner: Option<Spawner>, permits: &Arc<Semaphore>) -> Option<Self> {
+        let permit = permits.clone().try_acquire_owned().ok()?;
+        Some(Self { spawner, permit })
     }
 
-    /// Runs it behind the answer; false if that cannot be, or as much is done there as may be.
-    pub(super) fn spawn(self, write: impl Future<Output = ()> + Send + 'static) -> bool {
-        let Ok(permit) = self.permits.try_acquire_owned() else {
-            return false;
-        };
-        let write = async move {
-            write.await;
+    /// Does it there if there is a runtime, and at once otherwise.
+    async fn run(self, work: impl Future<Output = ()> + Send + 'static) {
+        if self.spawner.is_none() && Handle::try_current().is_err() {
+            return work.await;
+        }
+        self.spawn(work);
+    }
+
+    /// Does it there, if there is a runtime.
+    pub(super) fn spawn(self, work: impl Future<Output = ()> + Send + 'static) {
+        let Self { spawner, permit } = self;
+        let work = async move {
+            work.await;
             drop(permit);
         };
-        match (&self.spawner, Handle::try_current()) {
-            (Some(spawner), _) => spawner.spawn(write).is_ok(),
-            (None, Ok(runtime)) => {
-                drop(runtime.spawn(write));
-                true
-            }
-            (None, Err(_)) => false,
+        match (spawner, Handle::try_current()) {
+            // Where its runtime has gone, so has the cache.
+            (Some(spawner), _) => drop(spawner.spawn(work)),
+            (None, Ok(runtime)) => drop(runtime.spawn(work)),
+            (None, Err(_)) => {}
         }
     }
 }

@@ -186,7 +186,8 @@ impl LoadGuard {
     /// the value, where both errors become yours.
     ///
     /// The load's own `Err` counts as a failure of the database, so what is simply not there
-    /// should be an `Ok`. A load that panics counts as neither.
+    /// should be an `Ok`. A load that panics, or is dropped, counts as failed
+    /// only if it had run for eight times as long as loads usually take.
     ///
     /// # Errors
     /// The outer one is the guard's, and the load was not started then: [`ErrorKind::LoadShed`], or
