@@ -12,7 +12,7 @@ use tokio::time::{Instant, advance, sleep};
 use tower_memcached::testing::Server;
 use tower_memcached::{
     BlockingLoader, Client, Error, ErrorKind, GroupLayer, Key, LoadGuard, LoadLimits, Loader,
-    Payload, ReadThroughLayer, ReadThroughSettings, Ttl,
+    Operation, Payload, ReadThroughLayer, ReadThroughSettings, Request, Ttl,
 };
 
 use crate::support::{eventually, in_memory};
@@ -845,4 +845,62 @@ async fn what_could_not_be_invalidated_is_not_read_by_who_tried() {
         server.peek("k").is_none_or(|value| value != "old")
     })
     .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_overtakes_a_winner_and_fails_leaves_it_its_lease() {
+    let server = Server::new();
+    let table = Table::new("v", ms(700));
+    let clients = [client(&server, exact()), client(&server, exact())];
+    let overtakes = async {
+        sleep(ms(5)).await;
+        let fails = || async { Err::<Option<&str>, _>("down") };
+        clients[1].get_or_load("k", TTL, fails).await
+    };
+    let (won, overtook) = tokio::join!(table.get(&clients[0]), overtakes);
+    assert_eq!(won.unwrap(), some("v"));
+    assert_eq!(overtook.unwrap_err().kind(), ErrorKind::Load);
+    eventually("the winner's value is put back", || {
+        server.peek("k").is_some_and(|value| value == "v")
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_load_begins_when_there_is_no_time_left_for_it() {
+    let server = Server::new();
+    let client = client(&server, exact().stale_while_revalidate(secs(600)));
+    let load = || async { Ok::<_, BoxError>(Some("old")) };
+    client.get_or_load("old", TTL, load).await.unwrap();
+    sleep(secs(61)).await;
+    let calls = AtomicUsize::new(0);
+    let hangs = |_: Vec<Key>| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        std::future::pending::<Result<Vec<(Key, &str)>, BoxError>>()
+    };
+    let many = client.get_many_or_load(["new", "old"], TTL, hangs).await;
+    assert_eq!(*many.get("old").unwrap().value().unwrap(), "old");
+    assert_eq!(many.errors().count(), 1);
+    assert_eq!(calls.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_behind_what_is_being_put_back_ends_by_its_deadline() {
+    let server = Server::new();
+    let table = Table::new("v", ms(1));
+    let client = client(&server, exact().leases(false));
+    client.version().await.unwrap();
+    let stall = async {
+        sleep(ms(1)).await;
+        server.stall();
+    };
+    let (loaded, ()) = tokio::join!(table.get(&client), stall);
+    assert_eq!(loaded.unwrap(), some("v"));
+    let begun = Instant::now();
+    let delete = Operation::Delete {
+        key: Key::new("k").unwrap(),
+    };
+    let request = Request::new(delete).with_deadline(begun + ms(5));
+    assert!(client.call(request).await.unwrap_err().is_timeout());
+    assert!(begun.elapsed() < ms(10), "{:?}", begun.elapsed());
 }
