@@ -887,15 +887,17 @@ async fn no_load_begins_when_there_is_no_time_left_for_it() {
 #[tokio::test(start_paused = true)]
 async fn a_write_behind_what_is_being_put_back_ends_by_its_deadline() {
     let server = Server::new();
-    let table = Table::new("v", ms(1));
+    let table = Table::new("v", ms(10));
     let client = client(&server, exact().leases(false));
     client.version().await.unwrap();
     let stall = async {
-        sleep(ms(1)).await;
+        sleep(ms(5)).await;
         server.stall();
     };
     let (loaded, ()) = tokio::join!(table.get(&client), stall);
     assert_eq!(loaded.unwrap(), some("v"));
+    // It is on its way.
+    sleep(ms(2)).await;
     let begun = Instant::now();
     let delete = Operation::Delete {
         key: Key::new("k").unwrap(),
