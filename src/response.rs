@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::value::{CasToken, Value};
 
 /// The answer to a [`Request`](crate::Request); which variant is fixed by the operation.
@@ -169,4 +169,11 @@ impl Response {
             _ => None,
         }
     }
+}
+
+/// A layer gave an answer to another question.
+pub(crate) fn misfit(response: &Response) -> Error {
+    let name = response.name();
+    let message = format!("a layer answered with {name}, which does not fit");
+    Error::new(ErrorKind::Layer, message).with_sent(Sent::Maybe)
 }

@@ -23,12 +23,12 @@ pub use multi_get::{MultiGet, Outcome};
 
 use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
-use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::error::{BoxError, Error, Result};
 use crate::executor::{Spawner, after};
 use crate::node::NodeStatus;
 use crate::read_through::{Engine, ReadThroughSettings};
 use crate::request::Request;
-use crate::response::Response;
+use crate::response::{Response, misfit};
 use crate::transport::Pipelined;
 
 /// The stack that [`ClientBuilder::build`] makes when no layers are added.
@@ -101,7 +101,7 @@ impl<S> Client<S> {
     /// The same client with another timeout for each operation; the connections are shared.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfiguration`] if it is zero.
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if it is zero.
     pub fn with_timeout(self, timeout: Duration) -> Result<Self> {
         if timeout.is_zero() {
             return Err(Error::configuration("the timeout is zero"));
@@ -118,7 +118,7 @@ impl<S> Client<S> {
     /// it, within the other's limits.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfiguration`], naming the setting that makes no sense.
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration), naming the setting that makes no sense.
     pub fn with_read_through(self, settings: ReadThroughSettings) -> Result<Self> {
         settings.validate()?;
         let shared = Shared {
@@ -193,7 +193,7 @@ impl<S> Client<S> {
     /// its breaker; requests under way end where they are.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfiguration`] if an address is none, there are no nodes or one is
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if an address is none, there are no nodes or one is
     /// there twice, or the client was made [`from_service`](Self::from_service).
     pub fn set_nodes<I>(&self, nodes: I) -> Result<()>
     where
@@ -216,7 +216,7 @@ impl<S> Client<S> {
     }
 
     /// Takes no new requests, waits up to `drain` for those under way, and closes every
-    /// connection. Requests then fail with [`ErrorKind::Shutdown`]; so do those of every clone.
+    /// connection. Requests then fail with [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown); so do those of every clone.
     /// Does nothing for a client made [`from_service`](Self::from_service), whose service is the
     /// user's.
     pub async fn shutdown(&self, drain: Duration) {
@@ -258,10 +258,9 @@ where
     /// earlier.
     ///
     /// # Errors
-    /// As the operation's; [`ErrorKind::Timeout`] at the deadline.
-    pub async fn call(&self, request: Request) -> Result<Response> {
+    /// As the operation's; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) at the deadline.
+    pub async fn call(&self, mut request: Request) -> Result<Response> {
         let shared = &*self.shared;
-        let mut request = request;
         if request.operation().changes() {
             // What is being loaded for it is old now. That, too, has to be done by the deadline.
             let now = Instant::now();
@@ -284,13 +283,4 @@ impl<S> fmt::Debug for Client<S> {
             .field("nodes", &self.nodes())
             .finish_non_exhaustive()
     }
-}
-
-/// A layer gave an answer to another question.
-fn misfit(response: &Response) -> Error {
-    let message = format!(
-        "a layer answered with {}, which does not fit",
-        response.name()
-    );
-    Error::new(ErrorKind::Layer, message).with_sent(Sent::Maybe)
 }

@@ -36,7 +36,7 @@ use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{Spawner, after, until};
 use crate::key::Key;
 use crate::request::{LeaseTerms, Operation, Request};
-use crate::response::{Found, LeaseState, Lookup, Response};
+use crate::response::{Found, LeaseState, Lookup, Response, misfit};
 use crate::telemetry;
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
@@ -640,12 +640,6 @@ fn counted(result: Result<Option<Value>>, otherwise: &'static str) -> Result<Opt
         Err(_) => "failed",
     });
     result
-}
-
-fn misfit(response: &Response) -> Error {
-    let name = response.name();
-    let message = format!("a layer answered with {name}, which does not fit");
-    Error::new(ErrorKind::Layer, message).with_sent(Sent::Maybe)
 }
 
 fn failed(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
