@@ -154,18 +154,21 @@ impl Journal {
         let full = inner.keys.len() >= self.capacity;
         let generation = inner.count();
         match inner.keys.entry(key.clone()) {
-            // A deletion that is under way will do: nothing has come to the node since. A key that
-            // is written all the time would otherwise never leave.
-            Place::Occupied(_) if reason == Reason::Outdated => {
-                return Recorded::In { wake: false };
-            }
             Place::Occupied(mut entry) => {
                 let entry = entry.get_mut();
+                if reason == Reason::Outdated {
+                    // A deletion that is under way will do, or else a key that is written all the
+                    // time would never leave; but a write that is under way may come after it.
+                    if entry.held > 0 {
+                        entry.generation = generation;
+                    }
+                    return Recorded::In { wake: false };
+                }
                 entry.generation = generation;
                 match reason {
                     Reason::InDoubt => entry.again = Again::AfterGrace,
                     Reason::Lingering => entry.lingering += 1,
-                    Reason::Outdated => {}
+                    Reason::Outdated => unreachable!("returned above"),
                 }
                 if let Some((None, _)) = entry.due {
                     return Recorded::In { wake: false };
@@ -249,7 +252,7 @@ impl Journal {
             inner.schedule(&deletion.key, Some(then));
             return;
         }
-        if entry.lingering > 0 {
+        if entry.lingering > 0 || entry.held > 0 {
             // There will be another deletion when that is over.
             return;
         }
@@ -311,6 +314,7 @@ impl Journal {
     /// Says whether whoever sees to the journal must be told.
     pub(super) fn release(&self, key: &Key, hold: Hold, acknowledged: bool) -> bool {
         let mut inner = self.lock();
+        let generation = inner.count();
         let Some(entry) = inner.keys.get_mut(key) else {
             return false;
         };
@@ -324,6 +328,8 @@ impl Journal {
             self.remove(&mut inner, key);
             return false;
         }
+        // It may be executed after a deletion that is under way.
+        entry.generation = generation;
         if entry.due.is_some() {
             return false;
         }
@@ -500,12 +506,102 @@ mod tests {
     }
 
     #[test]
+    fn a_deletion_says_nothing_of_a_write_that_was_sent_after_it() {
+        let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
+        recorded(&journal, &key, Reason::Outdated);
+        let early = take_one(&journal, now);
+        let write = journal.hold(&key).unwrap();
+        assert!(journal.release(&key, write, false), "its caller has left");
+        recorded(&journal, &key, Reason::Outdated);
+        journal.deleted(&early, now);
+        assert!(journal.holds(&key), "the write comes after it");
+        journal.deleted(&take_one(&journal, now), now);
+        assert!(!journal.holds(&key));
+    }
+
+    /// What happens to one key of a node with one connection, of which nothing is lost.
+    #[derive(Clone, Copy, Debug)]
+    enum Act {
+        WriteHere,
+        WriteElsewhere,
+        /// The caller of the latest write here does not wait for it any longer.
+        Leave,
+        TakeDeletion,
+        /// The node executes the next of what was sent to it.
+        Execute,
+    }
+
+    enum Sent {
+        Set { version: u32, hold: Option<Hold> },
+        Delete(Deletion),
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1_024))]
+
+        #[test]
+        fn what_it_does_not_hold_is_not_old(acts in vec(prop_oneof![
+            1 => Just(Act::WriteHere),
+            1 => Just(Act::WriteElsewhere),
+            1 => Just(Act::Leave),
+            1 => Just(Act::TakeDeletion),
+            2 => Just(Act::Execute),
+        ], 0..40)) {
+            let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
+            let (mut newest, mut stored) = (0, None);
+            let mut queue: std::collections::VecDeque<Sent> = Default::default();
+            for act in acts {
+                match act {
+                    Act::WriteHere => {
+                        newest += 1;
+                        let hold = journal.hold(&key);
+                        queue.push_back(Sent::Set { version: newest, hold });
+                    }
+                    Act::WriteElsewhere => {
+                        newest += 1;
+                        recorded(&journal, &key, Reason::Outdated);
+                    }
+                    Act::Leave => {
+                        let held = queue.iter_mut().rev().find_map(|sent| match sent {
+                            Sent::Set { hold, .. } => hold.take(),
+                            Sent::Delete(_) => None,
+                        });
+                        if let Some(hold) = held {
+                            journal.release(&key, hold, false);
+                        }
+                    }
+                    Act::TakeDeletion => queue.extend(journal.take(9, now).into_iter().map(Sent::Delete)),
+                    Act::Execute => match queue.pop_front() {
+                        Some(Sent::Set { version, hold }) => {
+                            stored = Some(version);
+                            if let Some(hold) = hold {
+                                journal.release(&key, hold, true);
+                            }
+                        }
+                        Some(Sent::Delete(deletion)) => {
+                            stored = None;
+                            journal.deleted(&deletion, now);
+                        }
+                        None => {}
+                    },
+                }
+                let next_read = queue.iter().fold(stored, |_, sent| match sent {
+                    Sent::Set { version, .. } => Some(*version),
+                    Sent::Delete(_) => None,
+                });
+                let old = next_read.is_some_and(|version| version < newest);
+                prop_assert!(journal.holds(&key) || !old, "{next_read:?} of {newest}");
+            }
+        }
+    }
+
+    #[test]
     fn a_write_of_an_earlier_entry_does_not_free_a_later_one() {
         let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
         recorded(&journal, &key, Reason::Outdated);
-        let deletion = take_one(&journal, now);
         let early = journal.hold(&key).unwrap();
-        journal.deleted(&deletion, now);
+        let other = journal.hold(&key).unwrap();
+        journal.release(&key, other, true);
         recorded(&journal, &key, Reason::Outdated);
         let late = journal.hold(&key).unwrap();
         journal.release(&key, early, true);
@@ -620,6 +716,7 @@ mod tests {
         }
 
         fn deleted(&mut self, key: usize, taken: usize, taken_at: Instant, now: Instant) {
+            let held = self.is_held(key);
             let Some(known) = self.keys.get_mut(&key) else {
                 return;
             };
@@ -630,6 +727,7 @@ mod tests {
             match known.second_from {
                 None if known.in_doubt => known.second_from = Some(now + GRACE),
                 Some(from) if taken_at < from => {}
+                _ if held => {}
                 _ => _ = self.keys.remove(&key),
             }
         }
@@ -665,6 +763,7 @@ mod tests {
                                 prop_assert!(!full || model.keys.contains_key(&number));
                                 told = Some(wake);
                                 let again = model.keys.contains_key(&number);
+                                let held = model.is_held(number);
                                 let known = model.keys.entry(number).or_insert(Known {
                                     entered: step,
                                     recorded: step,
@@ -672,7 +771,7 @@ mod tests {
                                     deleted: false,
                                     second_from: None,
                                 });
-                                if !again || reason != Reason::Outdated {
+                                if !again || held || reason != Reason::Outdated {
                                     known.recorded = step;
                                     known.deleted = false;
                                 }
@@ -699,13 +798,16 @@ mod tests {
                     }
                     Event::Release(which, acknowledged) if !model.holds.is_empty() => {
                         let which = which.index(model.holds.len());
-                        let (number, _, begun, hold) = model.holds.swap_remove(which);
+                        let (number, entered, begun, hold) = model.holds.swap_remove(which);
                         told = Some(journal.release(&key(number), hold, acknowledged));
-                        let replaced = model.keys.get(&number).is_some_and(|known| {
-                            acknowledged && !known.in_doubt && begun > known.recorded
-                        });
-                        if replaced {
-                            model.keys.remove(&number);
+                        let known = model.keys.get_mut(&number);
+                        if let Some(known) = known.filter(|known| known.entered == entered) {
+                            if acknowledged && !known.in_doubt && begun > known.recorded {
+                                model.keys.remove(&number);
+                            } else {
+                                known.recorded = step;
+                                known.deleted = false;
+                            }
                         }
                     }
                     Event::Take(most) => {
