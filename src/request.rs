@@ -370,6 +370,7 @@ pub struct Request {
     deadline: Option<Instant>,
     origin: Origin,
     purpose: Purpose,
+    route: u32,
 }
 
 /// What a request is made for, besides what it asks.
@@ -395,6 +396,7 @@ impl Request {
             deadline: None,
             origin: Origin::Home,
             purpose: Purpose::Answer,
+            route: 0,
         }
     }
 
@@ -418,6 +420,17 @@ impl Request {
 
     pub(crate) fn purpose(&self) -> Purpose {
         self.purpose
+    }
+
+    /// Says which functional group's failure mode, retry budget and nodes are its.
+    pub(crate) fn with_route(mut self, route: u32) -> Self {
+        self.route = route;
+        self
+    }
+
+    /// 0 unless it is a group's.
+    pub(crate) fn route(&self) -> u32 {
+        self.route
     }
 
     /// Asks a service, whatever errors it has.

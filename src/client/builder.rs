@@ -371,8 +371,13 @@ impl<L, N> ClientBuilder<L, N> {
             };
             Node::over_transport(parts, node.clone(), &node_layer, times_attempts)
         };
-        let cluster =
-            Cluster::from_factory(self.cluster, specs, spawner.clone(), Box::new(factory))?;
+        let cluster = Cluster::from_factory(
+            self.cluster,
+            specs,
+            Vec::new(),
+            spawner.clone(),
+            Arc::new(factory),
+        )?;
         let shared = Shared {
             timeout: self.timeout,
             reads: Engine::new(read_through, Some(spawner.clone())),

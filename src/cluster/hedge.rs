@@ -50,7 +50,7 @@ impl<S: Service<Request> + Clone> Hedge<S> {
             request.operation(),
             Operation::Get { .. } | Operation::Lookup { lease: None, .. }
         );
-        if !shared.settings.hedged_gets || !reads || node.shared().connections() < 2 {
+        if !shared.policy.load().settings.hedged_gets || !reads || node.shared().connections() < 2 {
             return None;
         }
         let wait = node.shared().p95()?.max(LEAST_WAIT);

@@ -280,7 +280,7 @@ pub(super) struct Every<S: Service<Request>> {
 
 impl<S: Service<Request> + Clone> Every<S> {
     pub(super) fn new(shared: &Arc<Shared<S>>, request: &Request) -> Self {
-        let topology = shared.topology.load();
+        let topology = shared.topology();
         let attempt = |node: &Node<S>| Box::pin(NodeFuture::new(node, request.clone()));
         let nodes = topology.members().iter().map(|member| &member.node);
         let attempts: Vec<_> = nodes.map(|node| Some(attempt(node))).collect();

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -148,17 +148,120 @@ impl ClusterSettings {
 }
 
 /// Makes the node of a specification.
-pub(crate) type NodeFactory<S> = Box<dyn Fn(&NodeSpec) -> Node<S> + Send + Sync>;
+pub(crate) type NodeFactory<S> = Arc<dyn Fn(&NodeSpec) -> Node<S> + Send + Sync>;
 
-struct Shared<S> {
+/// How one functional group's requests are sent.
+pub(crate) struct GroupRoute {
+    pub(crate) settings: ClusterSettings,
+    /// Nodes of its own; the cluster's if there are none.
+    pub(crate) nodes: Option<Vec<NodeSpec>>,
+}
+
+/// Nodes, and where keys belong among them.
+struct Pool<S> {
     topology: ArcSwap<Topology<S>>,
-    settings: ClusterSettings,
-    budget: Budget,
-    spawner: Spawner,
+    ring: Ring,
     factory: NodeFactory<S>,
-    shut_down: AtomicBool,
     /// Told whenever a node's state changes, or the nodes do.
     changes: watch::Sender<()>,
+}
+
+/// How requests are sent to the nodes of a pool, by whom they are.
+struct Shared<S> {
+    pool: Arc<Pool<S>>,
+    policy: ArcSwap<Policy>,
+    spawner: Spawner,
+    shut_down: Arc<AtomicBool>,
+}
+
+/// Settings in force, with what goes with them.
+struct Policy {
+    settings: ClusterSettings,
+    budget: Arc<Budget>,
+}
+
+impl Policy {
+    fn new(settings: ClusterSettings) -> Self {
+        let budget = Arc::new(Budget::new(settings.retry_budget));
+        Self { settings, budget }
+    }
+}
+
+impl<S> Pool<S> {
+    fn new(ring: Ring, specs: Vec<NodeSpec>, factory: NodeFactory<S>) -> Self {
+        let changes = watch::Sender::new(());
+        let members = specs
+            .into_iter()
+            .map(|spec| {
+                let node = factory(&spec);
+                node.report_to(&changes);
+                Member { node, spec }
+            })
+            .collect();
+        Self {
+            topology: ArcSwap::from_pointee(Topology::new(&ring, members)),
+            ring,
+            factory,
+            changes,
+        }
+    }
+}
+
+impl<S> Pool<S> {
+    fn nodes(&self) -> Vec<NodeStatus> {
+        let topology = self.topology.load();
+        let members = topology.members().iter();
+        members.map(|member| member.node.status()).collect()
+    }
+
+    fn under_way(&self) -> usize {
+        let topology = self.topology.load();
+        let members = topology.members().iter();
+        members.map(|member| member.node.under_way()).sum()
+    }
+}
+
+impl<S: Clone> Pool<S> {
+    fn set_nodes(&self, specs: &[NodeSpec]) {
+        let make = |current: &Arc<Topology<S>>| {
+            let member = |spec: &NodeSpec| {
+                let mut known = current.members().iter();
+                let known = known.find(|known| {
+                    known.spec.name == spec.name && known.spec.address == spec.address
+                });
+                let make = || {
+                    let node = (self.factory)(spec);
+                    node.report_to(&self.changes);
+                    node
+                };
+                Member {
+                    node: known.map_or_else(make, |known| known.node.clone()),
+                    spec: spec.clone(),
+                }
+            };
+            Topology::new(&self.ring, specs.iter().map(member).collect())
+        };
+        let before = self.topology.rcu(make);
+        let after = self.topology.load();
+        for member in before.members() {
+            let id = member.node.shared().id();
+            if !after
+                .members()
+                .iter()
+                .any(|kept| kept.node.shared().id() == id)
+            {
+                // Those who wait for it go where their keys belong now.
+                member.node.shared().call_back();
+            }
+        }
+        self.changes.send_replace(());
+    }
+}
+
+impl<S> Shared<S> {
+    fn topology(&self) -> Guard<Arc<Topology<S>>> {
+        self.pool.topology.load()
+    }
 }
 
 /// A cluster of [`Node`]s: routing, failure modes and the retry budget.
@@ -173,12 +276,15 @@ struct Shared<S> {
 /// Dropping a [`ClusterFuture`] drops the attempt it is making; nothing is left behind.
 pub struct Cluster<S> {
     shared: Arc<Shared<S>>,
+    /// The routes of functional groups: [`Request::route`] from 1 on.
+    groups: Arc<[Arc<Shared<S>>]>,
 }
 
 impl<S> Clone for Cluster<S> {
     fn clone(&self) -> Self {
         Self {
             shared: self.shared.clone(),
+            groups: self.groups.clone(),
         }
     }
 }
@@ -186,7 +292,7 @@ impl<S> Clone for Cluster<S> {
 impl<S> fmt::Debug for Cluster<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cluster")
-            .field("settings", &self.shared.settings)
+            .field("settings", &self.shared.policy.load().settings)
             .finish_non_exhaustive()
     }
 }
@@ -204,37 +310,58 @@ impl<S> Cluster<S> {
         executor: &Executor,
         factory: impl Fn(&NodeSpec) -> Node<S> + Send + Sync + 'static,
     ) -> Result<Self> {
-        Self::from_factory(settings, specs, executor.start()?, Box::new(factory))
+        let factory = Arc::new(factory);
+        Self::from_factory(settings, specs, Vec::new(), executor.start()?, factory)
     }
 
     pub(crate) fn from_factory(
         settings: ClusterSettings,
         specs: Vec<NodeSpec>,
+        groups: Vec<GroupRoute>,
         spawner: Spawner,
         factory: NodeFactory<S>,
     ) -> Result<Self> {
-        settings.validate()?;
-        topology::validate(&specs)?;
-        let changes = watch::Sender::new(());
-        let members = specs
-            .into_iter()
-            .map(|spec| {
-                let node = factory(&spec);
-                node.report_to(&changes);
-                Member { node, spec }
-            })
-            .collect();
+        let shut_down = Arc::<AtomicBool>::default();
+        let pool = |settings: &ClusterSettings, specs: Vec<NodeSpec>| {
+            topology::validate(&specs)?;
+            let pool = Pool::new(settings.ring.clone(), specs, factory.clone());
+            Ok::<_, Error>(Arc::new(pool))
+        };
+        let route = |settings: ClusterSettings, pool| {
+            settings.validate()?;
+            Ok::<_, Error>(Arc::new(Shared {
+                pool,
+                policy: ArcSwap::from_pointee(Policy::new(settings)),
+                spawner: spawner.clone(),
+                shut_down: shut_down.clone(),
+            }))
+        };
+        let main = pool(&settings, specs)?;
+        let groups = groups.into_iter().map(|group| {
+            let pool = match group.nodes {
+                Some(specs) => pool(&group.settings, specs)?,
+                None => main.clone(),
+            };
+            route(group.settings, pool)
+        });
         Ok(Self {
-            shared: Arc::new(Shared {
-                topology: ArcSwap::from_pointee(Topology::new(&settings.ring, members)),
-                budget: Budget::new(settings.retry_budget),
-                settings,
-                spawner,
-                factory,
-                shut_down: AtomicBool::new(false),
-                changes,
-            }),
+            groups: groups.collect::<Result<_>>()?,
+            shared: route(settings, main)?,
         })
+    }
+
+    /// The way of requests with that [`Request::route`].
+    fn route(&self, route: u32) -> &Arc<Shared<S>> {
+        let group = (route as usize).checked_sub(1);
+        let group = group.and_then(|group| self.groups.get(group));
+        group.unwrap_or(&self.shared)
+    }
+
+    /// Each pool of nodes once.
+    fn pools(&self) -> impl Iterator<Item = &Arc<Pool<S>>> {
+        let main = &self.shared.pool;
+        let own = self.groups.iter().map(|group| &group.pool);
+        std::iter::once(main).chain(own.filter(move |pool| !Arc::ptr_eq(pool, main)))
     }
 
     /// Replaces the nodes. One with the same name and address as before keeps its connections and
@@ -247,57 +374,17 @@ impl<S> Cluster<S> {
         S: Clone,
     {
         topology::validate(&specs)?;
-        let shared = &self.shared;
-        if shared.shut_down.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Shutdown, "the client is shut down"));
+        if self.shared.shut_down.load(Ordering::Acquire) {
+            return Err(shut_down());
         }
-        let make = |current: &Arc<Topology<S>>, specs: &[NodeSpec]| {
-            let member = |spec: &NodeSpec| {
-                let mut known = current.members().iter();
-                let known = known.find(|known| {
-                    known.spec.name == spec.name && known.spec.address == spec.address
-                });
-                let make = || {
-                    let node = (shared.factory)(spec);
-                    node.report_to(&shared.changes);
-                    node
-                };
-                Member {
-                    node: known.map_or_else(make, |known| known.node.clone()),
-                    spec: spec.clone(),
-                }
-            };
-            Topology::new(&shared.settings.ring, specs.iter().map(member).collect())
-        };
-        let before = shared.topology.rcu(|current| make(current, &specs));
-        let after = shared.topology.load();
-        for member in before.members() {
-            let id = member.node.shared().id();
-            if !after
-                .members()
-                .iter()
-                .any(|kept| kept.node.shared().id() == id)
-            {
-                // Those who wait for it go where their keys belong now.
-                member.node.shared().call_back();
-            }
-        }
-        shared.changes.send_replace(());
+        self.shared.pool.set_nodes(&specs);
         Ok(())
     }
 
-    /// What is believed of each node now.
+    /// What is believed of each node now, those that functional groups have of their own included.
     #[must_use]
     pub fn nodes(&self) -> Vec<NodeStatus> {
-        let topology = self.shared.topology.load();
-        let members = topology.members().iter();
-        members.map(|member| member.node.status()).collect()
-    }
-
-    fn under_way(&self) -> usize {
-        let topology = self.shared.topology.load();
-        let members = topology.members().iter();
-        members.map(|member| member.node.under_way()).sum()
+        self.pools().flat_map(|pool| pool.nodes()).collect()
     }
 
     /// Takes no new requests, waits up to `drain` for those under way, and closes every
@@ -305,15 +392,17 @@ impl<S> Cluster<S> {
     pub async fn shutdown(&self, drain: Duration) {
         self.shared.shut_down.store(true, Ordering::Release);
         let until = after(Instant::now(), drain);
-        while self.under_way() > 0 && Instant::now() < until {
+        while self.pools().any(|pool| pool.under_way() > 0) && Instant::now() < until {
             let look_again = after(Instant::now(), Duration::from_millis(1));
             match self.shared.spawner.sleep_until(look_again.min(until)) {
                 Ok(wait) => wait.await,
                 Err(_no_runtime) => break,
             }
         }
-        for member in self.shared.topology.load().members() {
-            member.node.close();
+        for pool in self.pools() {
+            for member in pool.topology.load().members() {
+                member.node.close();
+            }
         }
     }
 }
@@ -341,7 +430,7 @@ impl<S: Clone + Send + Sync> Control for Cluster<S> {
     }
 
     fn changes(&self) -> watch::Receiver<()> {
-        self.shared.changes.subscribe()
+        self.shared.pool.changes.subscribe()
     }
 }
 
@@ -359,21 +448,22 @@ where
     }
 
     fn call(&mut self, request: Request) -> ClusterFuture<S> {
-        if self.shared.shut_down.load(Ordering::Acquire) {
+        let shared = self.route(request.route());
+        if shared.shut_down.load(Ordering::Acquire) {
             return ClusterFuture::settled(Err(shut_down()));
         }
         if request.purpose() == Purpose::Note {
             let error = Error::new(ErrorKind::Disabled, "it is only taken note of");
-            self.shared.take_note(&request);
+            shared.take_note(&request);
             return ClusterFuture::settled(Err(error));
         }
-        self.shared.budget.deposit();
+        shared.policy.load().budget.deposit();
         match request.operation() {
-            Operation::GetMany { .. } => ClusterFuture::many(&self.shared, request),
+            Operation::GetMany { .. } => ClusterFuture::many(shared, request),
             Operation::Version | Operation::FlushAll | Operation::Stats => {
-                ClusterFuture::every(&self.shared, request)
+                ClusterFuture::every(shared, request)
             }
-            _ => ClusterFuture::single(&self.shared, request),
+            _ => ClusterFuture::single(shared, request),
         }
     }
 }
@@ -454,11 +544,13 @@ impl<S> Shared<S> {
         if !failed_there {
             return After::GiveUp;
         }
-        let waits = self.settings.failure_mode == FailureMode::Retry && unsent;
+        let policy = self.policy.load();
+        let settings = &policy.settings;
+        let waits = settings.failure_mode == FailureMode::Retry && unsent;
         if kind != NodeUnavailable && !waits {
             tries.attempts += 1;
         }
-        if tries.attempts >= self.settings.max_attempts {
+        if tries.attempts >= settings.max_attempts {
             return After::GiveUp;
         }
         let open = node.is_open();
@@ -471,7 +563,7 @@ impl<S> Shared<S> {
             node.count(Event::Retry);
             return After::Wait(Some(Duration::ZERO));
         }
-        match self.settings.failure_mode {
+        match settings.failure_mode {
             FailureMode::Cancel => After::GiveUp,
             FailureMode::Redistribute => {
                 if !operation.is_movable() {
@@ -502,7 +594,7 @@ impl<S> Shared<S> {
     }
 
     fn pay(&self, node: &NodeShared) -> bool {
-        let paid = self.budget.withdraw();
+        let paid = self.policy.load().budget.withdraw();
         if !paid {
             node.count(Event::BudgetExhausted);
         }

@@ -118,7 +118,7 @@ impl<S> Shared<S> {
         errand: Errand<'_>,
         start: impl FnOnce(&Node<S>, Origin) -> T,
     ) -> Placed<T> {
-        let topology = self.topology.load();
+        let topology = self.topology();
         let home = topology.home(errand.key);
         let standing = standing(home, errand.key);
         if standing == Standing::Good {
@@ -127,7 +127,7 @@ impl<S> Shared<S> {
         }
         // Nobody may ask it for a long time, so whether it is seen to is looked to here.
         home.shared().ensure_kept();
-        let redistributes = self.settings.failure_mode == FailureMode::Redistribute;
+        let redistributes = self.policy.load().settings.failure_mode == FailureMode::Redistribute;
         let too_many = redistributes && self.too_many_open(&topology);
         let refuge = (redistributes && !too_many)
             .then(|| self.refuge(&topology, errand, &[]))
@@ -184,7 +184,7 @@ impl<S> Shared<S> {
         paid: bool,
         start: impl FnOnce(&Node<S>, Origin) -> T,
     ) -> Option<T> {
-        let topology = self.topology.load();
+        let topology = self.topology();
         if self.too_many_open(&topology) {
             return None;
         }
@@ -208,7 +208,7 @@ impl<S> Shared<S> {
     }
 
     fn too_many_open(&self, topology: &Topology<S>) -> bool {
-        topology.too_many_open(self.settings.max_ejection_percent)
+        topology.too_many_open(self.policy.load().settings.max_ejection_percent)
     }
 
     /// The node, other than its home, that answers for a key.
@@ -246,14 +246,14 @@ impl<S> Shared<S> {
 
     /// What has been written on a node that is not its key's home lives from now on.
     pub(super) fn moved(&self, errand: Errand<'_>, to: &NodeShared) {
-        self.leave_at(&self.topology.load(), errand, to);
+        self.leave_at(&self.topology(), errand, to);
     }
 
     /// The nodes that a request has gone past remember that something of its key is at `to`.
     fn leave_at(&self, topology: &Topology<S>, errand: Errand<'_>, to: &NodeShared) {
         if errand.lasts() {
             for node in before(topology, errand.key, to) {
-                let lifetime = self.settings.failover_ttl;
+                let lifetime = self.policy.load().settings.failover_ttl;
                 node.shared().left_elsewhere(errand.key, lifetime);
             }
         }
@@ -278,7 +278,7 @@ impl<S> Shared<S> {
     /// Of a write that is not made.
     pub(super) fn take_note(&self, request: &Request) {
         if let Some(errand) = Errand::of(request) {
-            self.forget_everywhere(&self.topology.load(), errand);
+            self.forget_everywhere(&self.topology(), errand);
         }
     }
 

@@ -134,7 +134,9 @@ impl<S> Shared<S> {
     pub(super) fn addressed(&self, request: &Request, origin: Origin) -> Request {
         let mut request = request.clone().with_origin(origin);
         if origin == Origin::Moved {
-            request.operation_mut().cap_ttl(self.settings.failover_ttl);
+            request
+                .operation_mut()
+                .cap_ttl(self.policy.load().settings.failover_ttl);
         }
         request
     }

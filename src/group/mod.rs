@@ -77,6 +77,8 @@ pub struct GroupLayer {
     timeout: Option<Duration>,
     max_in_flight: usize,
     kill_switch: KillSwitch,
+    /// [`Request::route`]; 0 leaves that to whoever is above.
+    route: u32,
 }
 
 impl GroupLayer {
@@ -89,7 +91,14 @@ impl GroupLayer {
             timeout: None,
             max_in_flight: usize::MAX,
             kill_switch: KillSwitch::default(),
+            route: 0,
         }
+    }
+
+    /// Its requests go by the route that the cluster has for it.
+    pub(crate) fn route(mut self, route: u32) -> Self {
+        self.route = route;
+        self
     }
 
     /// What goes before each of its keys. A key that is too long with it, or a prefix with a
@@ -233,6 +242,9 @@ where
             .map(|timeout| after(Instant::now(), timeout));
         if let Some(ends) = ends {
             request = request.with_deadline(ends);
+        }
+        if self.layer.route != 0 {
+            request = request.with_route(self.layer.route);
         }
         let admitted = self
             .admit()
