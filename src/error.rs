@@ -157,6 +157,10 @@ impl Error {
         }))
     }
 
+    pub(crate) fn message(&self) -> &str {
+        &self.0.message
+    }
+
     pub(crate) fn configuration(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(ErrorKind::InvalidConfiguration, message)
     }
@@ -321,6 +325,44 @@ impl StdError for Error {
             Some(source) => Some(&**source),
             None => None,
         }
+    }
+}
+
+/// A setting that makes no sense: which one, as it is called in a configuration, and why.
+#[derive(Debug)]
+pub(crate) struct Invalid {
+    path: String,
+    why: Cow<'static, str>,
+}
+
+impl Invalid {
+    pub(crate) fn new(setting: impl Into<String>, why: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            path: setting.into(),
+            why: why.into(),
+        }
+    }
+
+    /// It is part of `settings`.
+    pub(crate) fn under(mut self, settings: &str) -> Self {
+        self.path.insert(0, '.');
+        self.path.insert_str(0, settings);
+        self
+    }
+}
+
+/// Refuses a setting that may not be zero.
+pub(crate) fn not_zero(setting: &str, is_zero: bool) -> Result<(), Invalid> {
+    match is_zero {
+        true => Err(Invalid::new(setting, "must not be zero")),
+        false => Ok(()),
+    }
+}
+
+impl From<Invalid> for Error {
+    fn from(invalid: Invalid) -> Self {
+        let Invalid { path, why } = invalid;
+        Self::configuration(format!("{path}: {why}"))
     }
 }
 

@@ -63,6 +63,7 @@
 mod call;
 mod client;
 mod cluster;
+mod config;
 mod error;
 mod executor;
 #[cfg(feature = "testing")]
@@ -86,9 +87,10 @@ pub use client::{BoxedService, Client, ClientBuilder, DefaultService, MultiGet, 
 pub use cluster::{
     Cluster, ClusterFuture, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring,
 };
+pub use config::{Config, ExecutorConfig, NodeConfig};
 pub use error::{Error, ErrorKind, Result, Sent};
 pub use executor::Executor;
-pub use group::{Group, GroupFuture, GroupLayer, KillSwitch};
+pub use group::{Group, GroupFuture, GroupLayer, GroupSettings, KillSwitch};
 pub use key::{IntoKey, InvalidKey, Key, MAX_KEY_LENGTH};
 pub use node::{
     BreakerSettings, BreakerState, EjectionCause, JournalOverflow, JournalSettings, Node,

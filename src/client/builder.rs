@@ -4,31 +4,30 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tower::layer::util::{Identity, Stack};
 use tower::{Layer, Service};
 
 use super::{Client, Shared};
-use crate::cluster::{Cluster, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring};
-use crate::error::{BoxError, Error, Result};
+use crate::cluster::{Cluster, FailureMode, NodeSpec, RetryBudget, Ring};
+use crate::config::{Config, ExecutorConfig, NodeConfig};
+use crate::error::{BoxError, Invalid, Result};
 use crate::executor::Executor;
-use crate::node::{BreakerSettings, JournalSettings, Node, NodeSettings, ProbeSettings};
-use crate::read_through::{Engine, ReadThroughSettings};
+use crate::group::GroupSettings;
+use crate::node::{BreakerSettings, JournalSettings, Node, ProbeSettings};
+use crate::read_through::{Engine, LoadLimits, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
-use crate::transport::{Connector, Parts, Pipelined, PipelinedSettings, SystemConnector};
+use crate::transport::{Connector, Parts, Pipelined, SystemConnector};
 
 /// Configures and builds a [`Client`]. Nothing is checked, opened or started before
 /// [`build`](Self::build).
 pub struct ClientBuilder<L = Identity, N = Identity> {
-    nodes: Vec<Result<NodeSpec>>,
-    timeout: Duration,
-    read_through: ReadThroughSettings,
+    config: Config,
+    /// Goes over that of `read_through`.
     load_timeout: Option<Duration>,
-    attempt_timeout: Duration,
-    cluster: ClusterSettings,
-    node: NodeSettings,
-    transport: PipelinedSettings,
-    executor: Executor,
+    /// Goes over the configuration's.
+    executor: Option<Executor>,
     connector: Arc<dyn Connector>,
     layer: L,
     node_layer: N,
@@ -39,15 +38,9 @@ pub struct ClientBuilder<L = Identity, N = Identity> {
 impl ClientBuilder {
     pub(super) fn new() -> Self {
         Self {
-            nodes: Vec::new(),
-            timeout: Duration::from_millis(100),
-            read_through: ReadThroughSettings::default(),
+            config: Config::default(),
             load_timeout: None,
-            attempt_timeout: Duration::from_millis(30),
-            cluster: ClusterSettings::default(),
-            node: NodeSettings::default(),
-            transport: PipelinedSettings::default(),
-            executor: Executor::default(),
+            executor: None,
             connector: Arc::new(SystemConnector::new()),
             layer: Identity::new(),
             node_layer: Identity::new(),
@@ -57,6 +50,15 @@ impl ClientBuilder {
 }
 
 impl<L, N> ClientBuilder<L, N> {
+    /// Takes all settings from a [`Config`]. What the builder was told before of the same is
+    /// forgotten; executors, connectors and layers stay.
+    #[must_use]
+    pub fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self.load_timeout = None;
+        self
+    }
+
     /// Adds nodes: `host`, `host:port`, `[v6]:port` or `unix:/path`; the port is 11211 by default.
     /// What is written here is the node's name on the ring.
     #[must_use]
@@ -65,23 +67,24 @@ impl<L, N> ClientBuilder<L, N> {
         I: IntoIterator,
         I::Item: AsRef<str>,
     {
-        let specs = nodes.into_iter().map(|node| NodeSpec::new(node.as_ref()));
-        self.nodes.extend(specs);
+        let nodes = nodes.into_iter();
+        let nodes = nodes.map(|node| NodeConfig::new(node.as_ref()));
+        self.config.nodes.extend(nodes);
         self
     }
 
     /// Adds a node with a share of the keys in proportion to its weight; 1 is usual.
     #[must_use]
     pub fn weighted_node(mut self, node: impl AsRef<str>, weight: u32) -> Self {
-        let spec = NodeSpec::new(node.as_ref());
-        self.nodes.push(spec.map(|spec| spec.with_weight(weight)));
+        let node = NodeConfig::new(node.as_ref()).with_weight(weight);
+        self.config.nodes.push(node);
         self
     }
 
     /// How long a whole operation may take, all attempts together; 100 ms by default.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.config.timeout = timeout;
         self
     }
 
@@ -89,14 +92,30 @@ impl<L, N> ClientBuilder<L, N> {
     /// timeout. The stall and connect timeouts are twice this unless set.
     #[must_use]
     pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
-        self.attempt_timeout = timeout;
+        self.config.attempt_timeout = timeout;
         self
     }
 
     /// How [`Client::get_or_load`] loads what the cache does not have.
     #[must_use]
     pub fn read_through(mut self, settings: ReadThroughSettings) -> Self {
-        self.read_through = settings;
+        self.config.read_through = settings;
+        self
+    }
+
+    /// Declares a database that values are loaded from, and what it can bear. Settings refer to it by
+    /// its name ([`ReadThroughSettings::database`]), so that all who load from it share one
+    /// [`LoadGuard`](crate::LoadGuard): [`Client::load_guard`].
+    #[must_use]
+    pub fn database(mut self, name: impl Into<String>, limits: LoadLimits) -> Self {
+        self.config.databases.insert(name.into(), limits);
+        self
+    }
+
+    /// Declares a functional group, to be had from [`Client::group`].
+    #[must_use]
+    pub fn group(mut self, name: impl Into<String>, settings: GroupSettings) -> Self {
+        self.config.groups.insert(name.into(), settings);
         self
     }
 
@@ -113,21 +132,21 @@ impl<L, N> ClientBuilder<L, N> {
     /// the new one answers nothing either, the node's circuit breaker opens.
     #[must_use]
     pub fn consecutive_timeouts(mut self, timeouts: u32) -> Self {
-        self.node = self.node.consecutive_timeouts(timeouts);
+        self.config.breaker = self.config.breaker.consecutive_timeouts(timeouts);
         self
     }
 
     /// When a node's circuit breaker opens, and how the node comes back.
     #[must_use]
     pub fn breaker(mut self, breaker: BreakerSettings) -> Self {
-        self.node = self.node.breaker(breaker);
+        self.config.breaker = breaker;
         self
     }
 
     /// What is remembered of keys that were written while a node could not be told.
     #[must_use]
     pub fn journal(mut self, journal: JournalSettings) -> Self {
-        self.node = self.node.journal(journal);
+        self.config.journal = journal;
         self
     }
 
@@ -135,7 +154,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// attempt timeout by default.
     #[must_use]
     pub fn stall_timeout(mut self, timeout: Duration) -> Self {
-        self.transport = self.transport.stall_timeout(timeout);
+        self.config.stall_timeout = Some(timeout);
         self
     }
 
@@ -143,14 +162,14 @@ impl<L, N> ClientBuilder<L, N> {
     /// default.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
-        self.transport = self.transport.connect_timeout(timeout);
+        self.config.connect_timeout = Some(timeout);
         self
     }
 
     /// How many connections to each node; 1 by default (see [`PipelinedSettings::connections`]).
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
-        self.transport = self.transport.connections(connections);
+        self.config.connections = connections;
         self
     }
 
@@ -159,7 +178,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// read, and costs no memory.
     #[must_use]
     pub fn max_value_size(mut self, bytes: usize) -> Self {
-        self.transport = self.transport.max_value_size(bytes);
+        self.config.max_value_size = bytes;
         self
     }
 
@@ -167,29 +186,28 @@ impl<L, N> ClientBuilder<L, N> {
     /// at once with [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded).
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {
-        self.node = self.node.max_in_flight(requests);
-        self.transport = self.transport.max_requests(requests);
+        self.config.max_in_flight = requests;
         self
     }
 
     /// What becomes of requests whose node is out; [`FailureMode::Redistribute`] by default.
     #[must_use]
     pub fn failure_mode(mut self, mode: FailureMode) -> Self {
-        self.cluster = self.cluster.failure_mode(mode);
+        self.config.failure_mode = mode;
         self
     }
 
     /// How long a value may live on a node that is not its own; 60 s by default.
     #[must_use]
     pub fn failover_ttl(mut self, ttl: Duration) -> Self {
-        self.cluster = self.cluster.failover_ttl(ttl);
+        self.config.failover_ttl = ttl;
         self
     }
 
     /// How many attempts an operation may make; 3 by default.
     #[must_use]
     pub fn max_attempts(mut self, attempts: u32) -> Self {
-        self.cluster = self.cluster.max_attempts(attempts);
+        self.config.max_attempts = attempts;
         self
     }
 
@@ -197,7 +215,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// second by default.
     #[must_use]
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
-        self.cluster = self.cluster.retry_budget(budget);
+        self.config.retry_budget = budget;
         self
     }
 
@@ -205,7 +223,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// must agree on it.
     #[must_use]
     pub fn ring(mut self, ring: Ring) -> Self {
-        self.cluster = self.cluster.ring(ring);
+        self.config.ring = ring;
         self
     }
 
@@ -213,7 +231,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// 50 % by default (see [`ClusterSettings::max_ejection_percent`]).
     #[must_use]
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
-        self.cluster = self.cluster.max_ejection_percent(percent);
+        self.config.max_ejection_percent = percent;
         self
     }
 
@@ -222,21 +240,21 @@ impl<L, N> ClientBuilder<L, N> {
     /// [`connections`](Self::connections) (see [`ClusterSettings::hedged_gets`]).
     #[must_use]
     pub fn hedged_gets(mut self, hedged: bool) -> Self {
-        self.cluster = self.cluster.hedged_gets(hedged);
+        self.config.hedged_gets = hedged;
         self
     }
 
     /// How a node is tested.
     #[must_use]
     pub fn probe(mut self, probe: ProbeSettings) -> Self {
-        self.node = self.node.probe(probe);
+        self.config.probe = probe;
         self
     }
 
     /// Where sockets, timers and probes run; one dedicated thread by default.
     #[must_use]
     pub fn executor(mut self, executor: Executor) -> Self {
-        self.executor = executor;
+        self.executor = Some(executor);
         self
     }
 
@@ -254,14 +272,8 @@ impl<L, N> ClientBuilder<L, N> {
     #[must_use]
     pub fn layer<T>(self, layer: T) -> ClientBuilder<Stack<T, L>, N> {
         let Self {
-            nodes,
-            timeout,
-            read_through,
+            config,
             load_timeout,
-            attempt_timeout,
-            cluster,
-            node,
-            transport,
             executor,
             connector,
             layer: outer,
@@ -269,14 +281,8 @@ impl<L, N> ClientBuilder<L, N> {
             times_attempts,
         } = self;
         ClientBuilder {
-            nodes,
-            timeout,
-            read_through,
+            config,
             load_timeout,
-            attempt_timeout,
-            cluster,
-            node,
-            transport,
             executor,
             connector,
             layer: Stack::new(layer, outer),
@@ -290,14 +296,8 @@ impl<L, N> ClientBuilder<L, N> {
     #[must_use]
     pub fn node_layer<T>(self, layer: T) -> ClientBuilder<L, Stack<T, N>> {
         let Self {
-            nodes,
-            timeout,
-            read_through,
+            config,
             load_timeout,
-            attempt_timeout,
-            cluster,
-            node,
-            transport,
             executor,
             connector,
             layer: whole,
@@ -305,14 +305,8 @@ impl<L, N> ClientBuilder<L, N> {
             times_attempts: _,
         } = self;
         ClientBuilder {
-            nodes,
-            timeout,
-            read_through,
+            config,
             load_timeout,
-            attempt_timeout,
-            cluster,
-            node,
-            transport,
             executor,
             connector,
             layer: whole,
@@ -335,52 +329,46 @@ impl<L, N> ClientBuilder<L, N> {
         L: Layer<Cluster<S>>,
         L::Service: Service<Request, Response = Response> + Clone,
     {
-        if self.timeout.is_zero() {
-            return Err(Error::configuration("the timeout is zero"));
-        }
-        let mut read_through = self.read_through;
+        let mut config = self.config;
         if let Some(timeout) = self.load_timeout {
-            read_through = read_through.load_timeout(timeout);
+            config.read_through = config.read_through.load_timeout(timeout);
         }
-        read_through.validate()?;
-        let attempt_timeout = self.attempt_timeout.min(self.timeout);
-        let timeouts = self.node.timeouts_to_close();
-        let transport = self.transport.attempt_timeout(attempt_timeout);
-        let transport = transport.timeouts_to_close(timeouts);
-        let node = self.node.attempt_timeout(attempt_timeout);
-        node.validate()?;
-        transport.validate()?;
-        let specs = self.nodes.into_iter().collect::<Result<Vec<_>>>()?;
-        self.cluster.validate()?;
-        if self.cluster.hedged_gets && transport.connections < 2 {
-            let message = "hedged gets need at least two connections to a node";
-            return Err(Error::configuration(message));
-        }
+        let plan = config.plan()?;
+        let Some(nodes) = plan.nodes else {
+            return Err(Invalid::new("nodes", "there are no nodes").into());
+        };
+        let executor = self.executor.unwrap_or_else(|| {
+            let executor = config.executor.as_ref();
+            executor.map_or_else(Executor::default, ExecutorConfig::make)
+        });
+        let spawner = executor.start()?;
 
-        let spawner = self.executor.start()?;
+        let live = Arc::new(ArcSwap::from_pointee((plan.node, plan.transport)));
         let (node_layer, times_attempts) = (self.node_layer, self.times_attempts);
         let (connector, nodes_spawner) = (self.connector, spawner.clone());
+        let settings = live.clone();
         let factory = move |spec: &NodeSpec| {
+            let (node, transport) = (*settings.load_full()).clone();
             let parts = Parts {
                 name: spec.name.clone(),
                 address: spec.address.clone(),
-                settings: transport.clone(),
+                settings: transport,
                 connector: connector.clone(),
                 spawner: nodes_spawner.clone(),
                 observer: None,
             };
-            Node::over_transport(parts, node.clone(), &node_layer, times_attempts)
+            Node::over_transport(parts, node, &node_layer, times_attempts)
         };
         let cluster = Cluster::from_factory(
-            self.cluster,
-            specs,
+            plan.cluster,
+            nodes,
             Vec::new(),
             spawner.clone(),
             Arc::new(factory),
         )?;
         let shared = Shared {
-            timeout: self.timeout,
-            reads: Engine::new(read_through, Some(spawner.clone())),
+            timeout: config.timeout,
+            reads: Engine::new(config.read_through, Some(spawner.clone())),
             spawner: Some(spawner),
             cluster: Some(Arc::new(cluster.clone())),
         };
@@ -391,12 +379,7 @@ impl<L, N> ClientBuilder<L, N> {
 impl<L, N> fmt::Debug for ClientBuilder<L, N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClientBuilder")
-            .field("nodes", &self.nodes)
-            .field("timeout", &self.timeout)
-            .field("attempt_timeout", &self.attempt_timeout)
-            .field("cluster", &self.cluster)
-            .field("node", &self.node)
-            .field("transport", &self.transport)
+            .field("config", &self.config)
             .field("executor", &self.executor)
             .finish_non_exhaustive()
     }

@@ -25,6 +25,11 @@ pub(super) struct Budget {
 
 /// How many retries and failovers there may be: `percent` of requests, and `per_second` besides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct RetryBudget {
     percent: u32,
     per_second: u32,

@@ -29,17 +29,24 @@ pub use budget::RetryBudget;
 pub use ring::Ring;
 pub use route::ClusterFuture;
 pub use topology::NodeSpec;
+pub(crate) use topology::validate;
 use topology::{Member, Topology};
 
-use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
+use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
 use crate::executor::{Executor, Spawner, after};
-use crate::node::{Node, NodeStatus, Shared as NodeShared};
+use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::telemetry::Event;
+use crate::transport::PipelinedSettings;
 
 /// What becomes of requests whose node's circuit breaker is open, and of attempts that fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum FailureMode {
     /// They go, at once, to the next healthy node on the ring for their key, if they may be moved
     /// ([`Operation::is_movable`]); otherwise they fail. What they write there lives at most for
@@ -136,14 +143,9 @@ impl ClusterSettings {
         self
     }
 
-    pub(crate) fn validate(&self) -> Result<()> {
-        if self.max_attempts == 0 {
-            return Err(Error::configuration("a request may make no attempt"));
-        }
-        if self.failover_ttl.is_zero() {
-            return Err(Error::configuration("the failover TTL is zero"));
-        }
-        Ok(())
+    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+        not_zero("max_attempts", self.max_attempts == 0)?;
+        not_zero("failover_ttl", self.failover_ttl.is_zero())
     }
 }
 
@@ -259,6 +261,19 @@ impl<S: Clone> Pool<S> {
 }
 
 impl<S> Shared<S> {
+    fn apply(&self, settings: ClusterSettings) {
+        let now = self.policy.load();
+        // What has been saved up stays.
+        let policy = match now.settings.retry_budget == settings.retry_budget {
+            true => Policy {
+                settings,
+                budget: now.budget.clone(),
+            },
+            false => Policy::new(settings),
+        };
+        self.policy.store(Arc::new(policy));
+    }
+
     fn topology(&self) -> Guard<Arc<Topology<S>>> {
         self.pool.topology.load()
     }
@@ -348,6 +363,24 @@ impl<S> Cluster<S> {
             groups: groups.collect::<Result<_>>()?,
             shared: route(settings, main)?,
         })
+    }
+
+    /// Other settings from now on, for the cluster and its groups, in their order. The ring stays.
+    pub(crate) fn apply(&self, settings: ClusterSettings, groups: Vec<ClusterSettings>) {
+        self.shared.apply(settings);
+        for (shared, settings) in self.groups.iter().zip(groups) {
+            shared.apply(settings);
+        }
+    }
+
+    /// The same for every node.
+    pub(crate) fn apply_to_nodes(&self, node: &NodeSettings, transport: &PipelinedSettings) {
+        for pool in self.pools() {
+            for member in pool.topology.load().members() {
+                let (node, transport) = (node.clone(), transport.clone());
+                member.node.shared().apply(node, transport);
+            }
+        }
     }
 
     /// The way of requests with that [`Request::route`].

@@ -33,6 +33,11 @@ mod tests;
 /// assert_ne!(Ring::default(), Ring::spymemcached());
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(transparent)
+)]
 pub struct Ring {
     rules: Rules,
 }
@@ -354,6 +359,11 @@ struct Point {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 enum Rules {
     #[default]
     Libmemcached,

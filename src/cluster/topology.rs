@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ring::{Continuum, NodeName, Ring, RingNode};
-use crate::error::{Error, Result};
+use crate::error::{Invalid, Result};
 use crate::key::Key;
 use crate::node::Node;
 use crate::transport::Address;
@@ -73,25 +73,25 @@ impl Ring {
 }
 
 /// Refuses lists that cannot be what the user means.
-pub(super) fn validate(specs: &[NodeSpec]) -> Result<()> {
+pub(crate) fn validate(specs: &[NodeSpec]) -> Result<(), Invalid> {
+    let refuse = |why: &'static str| Err(Invalid::new("nodes", why));
     if specs.is_empty() {
-        return Err(Error::configuration("there are no nodes"));
+        return refuse("there are no nodes");
     }
     if specs.len() > usize::from(u16::MAX) {
-        return Err(Error::configuration("there are more than 65,535 nodes"));
+        return refuse("there are more than 65,535");
     }
     for (index, spec) in specs.iter().enumerate() {
         let name = &spec.name;
+        let refuse = |why| Err(Invalid::new(format!("nodes[{index}]"), why));
         if spec.weight == 0 {
-            let message = format!("the node {name:?} has the weight 0");
-            return Err(Error::configuration(message));
+            return refuse(format!("{name:?} has the weight 0"));
         }
         if specs[..index]
             .iter()
             .any(|other| other.address == spec.address)
         {
-            let message = format!("the node {name:?} is there twice");
-            return Err(Error::configuration(message));
+            return refuse(format!("{name:?} is there twice"));
         }
     }
     Ok(())

@@ -24,6 +24,8 @@
 //! # }
 //! ```
 
+mod settings;
+
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -41,6 +43,8 @@ use crate::executor::{after, timer};
 use crate::key::Key;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
+
+pub use settings::GroupSettings;
 
 /// Stops a group from using the cache, from any thread, at once. Clones are the same switch.
 ///
@@ -96,6 +100,7 @@ impl GroupLayer {
     }
 
     /// Its requests go by the route that the cluster has for it.
+    #[expect(dead_code, reason = "groups are declared in the builder next")]
     pub(crate) fn route(mut self, route: u32) -> Self {
         self.route = route;
         self

@@ -71,13 +71,21 @@ pub(super) struct GateSettings {
     pub(super) memory: Duration,
 }
 
+impl GateSettings {
+    fn ramped_share<I: Moment>(&self, since: I, now: I) -> f64 {
+        if self.ramp.is_zero() {
+            return 1.0;
+        }
+        now.since(since).as_secs_f64() / self.ramp.as_secs_f64()
+    }
+}
+
 /// `I` is the clock's instant, `C` the cause it opened for.
 #[derive(Debug)]
 pub(super) struct Gate<I, C> {
     /// What the request path looks at: one of the constants below.
     hint: AtomicU8,
     inner: Mutex<Inner<I, C>>,
-    settings: GateSettings,
 }
 
 const CLOSED: u8 = 0;
@@ -86,6 +94,7 @@ const SHUT: u8 = 2;
 
 #[derive(Debug)]
 struct Inner<I, C> {
+    settings: GateSettings,
     state: State<I>,
     cause: Option<C>,
     /// Ejections in a row, each within `memory` of the readmission before it.
@@ -111,13 +120,18 @@ impl<I: Moment, C: Clone> Gate<I, C> {
         Self {
             hint: AtomicU8::new(CLOSED),
             inner: Mutex::new(Inner {
+                settings,
                 state: State::Closed,
                 cause: None,
                 relapses: 0,
                 readmitted: None,
             }),
-            settings,
         }
+    }
+
+    /// What comes next goes by these.
+    pub(super) fn apply(&self, settings: GateSettings) {
+        self.lock().settings = settings;
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner<I, C>> {
@@ -152,11 +166,12 @@ impl<I: Moment, C: Clone> Gate<I, C> {
         if self.is_closed() {
             return Admission::Admitted;
         }
-        match self.lock().state {
+        let inner = self.lock();
+        match inner.state {
             State::Closed => Admission::Admitted,
             State::Open | State::HalfOpen { .. } => Admission::Refused,
             State::Ramping { since } => {
-                let open_to = self.ramped_share(since, now);
+                let open_to = inner.settings.ramped_share(since, now);
                 if share() < open_to {
                     Admission::Admitted
                 } else {
@@ -164,13 +179,6 @@ impl<I: Moment, C: Clone> Gate<I, C> {
                 }
             }
         }
-    }
-
-    fn ramped_share(&self, since: I, now: I) -> f64 {
-        if self.settings.ramp.is_zero() {
-            return 1.0;
-        }
-        now.since(since).as_secs_f64() / self.settings.ramp.as_secs_f64()
     }
 
     pub(super) fn state(&self) -> BreakerState {
@@ -190,11 +198,13 @@ impl<I: Moment, C: Clone> Gate<I, C> {
     /// How long the node is left alone before its first probe: not at all, unless it was ejected
     /// again shortly after it had come back.
     pub(super) fn penalty(&self) -> Option<Duration> {
-        let further = self.lock().relapses.checked_sub(1)?;
-        let factor = self.settings.factor.powi(further.min(64) as i32);
-        let seconds = self.settings.reopening.as_secs_f64() * factor;
+        let inner = self.lock();
+        let settings = &inner.settings;
+        let further = inner.relapses.checked_sub(1)?;
+        let factor = settings.factor.powi(further.min(64) as i32);
+        let seconds = settings.reopening.as_secs_f64() * factor;
         let wait = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        Some(wait.min(self.settings.longest_reopening))
+        Some(wait.min(settings.longest_reopening))
     }
 
     /// Closed or ramping to open. True if it was one of these.
@@ -205,7 +215,7 @@ impl<I: Moment, C: Clone> Gate<I, C> {
         }
         let relapsed = inner
             .readmitted
-            .is_some_and(|then| now.since(then) < self.settings.memory);
+            .is_some_and(|then| now.since(then) < inner.settings.memory);
         inner.relapses = if relapsed { inner.relapses + 1 } else { 0 };
         inner.cause = Some(cause);
         self.become_state(&mut inner, State::Open);
@@ -221,7 +231,7 @@ impl<I: Moment, C: Clone> Gate<I, C> {
             State::HalfOpen { successes } => successes.saturating_add(1),
         };
         self.become_state(&mut inner, State::HalfOpen { successes });
-        if successes < self.settings.success_threshold {
+        if successes < inner.settings.success_threshold {
             Progress::More
         } else {
             Progress::Enough
@@ -241,7 +251,7 @@ impl<I: Moment, C: Clone> Gate<I, C> {
     pub(super) fn readmit(&self, now: I) -> bool {
         let mut inner = self.lock();
         match inner.state {
-            State::HalfOpen { successes } if successes >= self.settings.success_threshold => {
+            State::HalfOpen { successes } if successes >= inner.settings.success_threshold => {
                 inner.readmitted = Some(now);
                 self.become_state(&mut inner, State::Ramping { since: now });
                 true
@@ -254,7 +264,7 @@ impl<I: Moment, C: Clone> Gate<I, C> {
     pub(super) fn ramped(&self, now: I) -> bool {
         let mut inner = self.lock();
         match inner.state {
-            State::Ramping { since } if self.ramped_share(since, now) >= 1.0 => {
+            State::Ramping { since } if inner.settings.ramped_share(since, now) >= 1.0 => {
                 self.become_state(&mut inner, State::Closed);
                 true
             }

@@ -122,7 +122,7 @@ impl Agenda {
     fn new(shared: &Shared) -> Self {
         let now = Instant::now();
         Self {
-            probe_at: after(now, shared.settings.probe.initial_delay),
+            probe_at: after(now, shared.settings.load().probe.initial_delay),
             delete_at: now,
             levels_at: now,
             remake_at: after(now, REMADE_EVERY),
@@ -181,7 +181,7 @@ impl Agenda {
                 }
                 if self.probe_at <= Instant::now() {
                     self.check(shared).await;
-                    self.probe_at = after(Instant::now(), shared.settings.probe.next());
+                    self.probe_at = after(Instant::now(), shared.settings.load().probe.next());
                 }
             }
         }
@@ -199,7 +199,7 @@ impl Agenda {
             Probed::Unknown => {}
             Probed::Failed(error) => {
                 self.failures += 1;
-                if self.failures >= shared.settings.probe.failure_threshold {
+                if self.failures >= shared.settings.load().probe.failure_threshold {
                     shared.open(EjectionCause::Probe, &error);
                 }
             }
@@ -208,9 +208,9 @@ impl Agenda {
 
     /// Probes a node that is out, over a fresh connection, and says when to probe it next.
     async fn test(&mut self, shared: &Arc<Shared>) -> Duration {
-        let failed = match probe(shared, &(shared.fresh)(), CANARY_SIZE).await {
+        let failed = match probe(shared, &shared.fresh_asker(), CANARY_SIZE).await {
             Probed::Failed(error) => Err(error),
-            Probed::Unknown => return shared.settings.probe.next(),
+            Probed::Unknown => return shared.settings.load().probe.next(),
             Probed::Ready => match shared.gate.probe_succeeded() {
                 Progress::None => Ok(()),
                 Progress::More => {
@@ -223,7 +223,7 @@ impl Agenda {
         if let Err(error) = failed {
             shared.probe_failed(&error);
         }
-        shared.settings.probe.next()
+        shared.settings.load().probe.next()
     }
 
     /// Removes from the node what is known to be old, and readmits it.
@@ -253,7 +253,7 @@ impl Agenda {
 
     /// Empties the node, if somebody has asked for that or we may do so on our own.
     async fn flush(&self, shared: &Arc<Shared>) -> Result<()> {
-        let allowed = shared.settings.journal.overflow == JournalOverflow::Flush;
+        let allowed = shared.settings.load().journal.overflow == JournalOverflow::Flush;
         if !shared.flush_wanted() && !allowed {
             if !self.restarted(shared).await? {
                 return Err(journal_overflowed());
@@ -344,7 +344,9 @@ async fn probe(shared: &Arc<Shared>, ask: &Asker, size: usize) -> Probed {
 
 /// Not more than there is room for.
 fn at_once(shared: &Shared) -> usize {
-    DELETIONS.min(shared.settings.max_in_flight / 2).max(1)
+    DELETIONS
+        .min(shared.settings.load().max_in_flight / 2)
+        .max(1)
 }
 
 /// Deletes what is due, a round of it, and says how much that was.

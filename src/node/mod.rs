@@ -54,7 +54,7 @@ use crate::executor::{Executor, LATE, after};
 use crate::key::Key;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
-use crate::transport::{Parts, Pipelined};
+use crate::transport::{Parts, Pipelined, PipelinedSettings};
 
 /// What [`gate`] synchronises with.
 mod sync {
@@ -222,7 +222,7 @@ impl<S> Node<S> {
             policy: Arc::new(policy),
             settings,
             asker: asker(service.clone()),
-            fresh: Box::new(move || asker(probed.clone())),
+            fresh: Box::new(move |_| asker(probed.clone())),
             spawner,
             transport: None,
             times_attempts: true,
@@ -242,13 +242,15 @@ impl<S> Node<S> {
     where
         L: Layer<Pipelined, Service = S>,
     {
-        let mut fresh = parts.clone();
-        let needed = probe::CANARY_SIZE * 2;
-        fresh.settings = fresh.settings.connections(1);
-        let limits = &mut fresh.settings.limits;
-        limits.value = limits.value.max(needed);
-        limits.queued_bytes = limits.queued_bytes.max(needed);
-
+        let probing = parts.clone();
+        let fresh = move |settings: Option<PipelinedSettings>| {
+            let mut fresh = probing.clone();
+            fresh.settings = settings.unwrap_or(fresh.settings).connections(1);
+            let (limits, needed) = (&mut fresh.settings.limits, probe::CANARY_SIZE * 2);
+            limits.value = limits.value.max(needed);
+            limits.queued_bytes = limits.queued_bytes.max(needed);
+            asker(Pipelined::from_parts(fresh))
+        };
         let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
         let policy = Arc::new(policy);
         let (name, spawner) = (parts.name.clone(), parts.spawner.clone());
@@ -268,7 +270,7 @@ impl<S> Node<S> {
                 policy,
                 settings,
                 asker: asker(made.clone()),
-                fresh: Box::new(move || asker(Pipelined::from_parts(fresh.clone()))),
+                fresh: Box::new(fresh),
                 spawner,
                 transport: Some(made),
                 times_attempts,
@@ -466,7 +468,7 @@ where
             Poll::Ready(outcome) => outcome.map_err(|error| error.at_node(&shared.name)),
             Poll::Pending if !shared.times_attempts => return Poll::Pending,
             Poll::Pending => {
-                let attempt_ends = after(started, shared.settings.attempt_timeout);
+                let attempt_ends = after(started, shared.settings.load().attempt_timeout);
                 let due = this
                     .deadline
                     .map_or(attempt_ends, |ends| ends.min(attempt_ends));

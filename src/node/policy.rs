@@ -5,9 +5,10 @@
 //! that answer nothing) need no counting and do not come here.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 use super::BreakerSettings;
@@ -31,15 +32,20 @@ pub(super) enum Trip {
 
 #[derive(Debug)]
 pub(crate) struct Policy {
-    settings: BreakerSettings,
-    /// How long one attempt may take.
-    attempt: Duration,
+    terms: ArcSwap<Terms>,
     began: Instant,
     buckets: [Bucket; BUCKETS as usize],
     /// Time-outs in a row, to be reset by a success without the lock.
     timeouts: AtomicU32,
     /// When the first and the last request of these were sent.
     streak: Mutex<Option<(Instant, Instant)>>,
+}
+
+#[derive(Debug)]
+struct Terms {
+    settings: BreakerSettings,
+    /// How long one attempt may take.
+    attempt: Duration,
 }
 
 /// One second. Counts are relaxed: a few lost where one second ends and the next begins do not
@@ -65,8 +71,7 @@ const SLOW: Field = |bucket| (&bucket.slow, &bucket.first_slow);
 impl Policy {
     pub(super) fn new(settings: BreakerSettings, attempt: Duration) -> Self {
         Self {
-            settings,
-            attempt,
+            terms: ArcSwap::from_pointee(Terms { settings, attempt }),
             began: Instant::now(),
             buckets: Default::default(),
             timeouts: AtomicU32::new(0),
@@ -74,9 +79,15 @@ impl Policy {
         }
     }
 
+    /// Judges by these from now on.
+    pub(super) fn apply(&self, settings: BreakerSettings, attempt: Duration) {
+        self.terms.store(Arc::new(Terms { settings, attempt }));
+    }
+
     /// An answer later than this is a slow one.
     pub(crate) fn slow_after(&self) -> Duration {
-        self.settings.slow_call.unwrap_or(self.attempt / 2)
+        let terms = self.terms.load();
+        terms.settings.slow_call.unwrap_or(terms.attempt / 2)
     }
 
     /// Forgets everything: the node is a new one, in effect.
@@ -102,15 +113,16 @@ impl Policy {
     pub(super) fn slow(&self, requests: u32, sent_at: Instant, now: Instant) -> Option<Trip> {
         self.note(SLOW, requests, sent_at, now);
         let (slow, of) = self.share(SLOW, LEAST_SPAN, sent_at, now)?;
-        over(slow, of, self.settings.slow_call_rate).then_some(Trip::Slow { slow, of })
+        over(slow, of, self.terms.load().settings.slow_call_rate).then_some(Trip::Slow { slow, of })
     }
 
     /// A request failed, and it is the node's fault.
     pub(super) fn failed(&self, sent_at: Instant, now: Instant) -> Option<Trip> {
         self.note(FAILED, 1, sent_at, now);
-        let least_span = LEAST_SPAN.min(self.attempt.saturating_mul(LEAST_ATTEMPTS));
+        let terms = self.terms.load();
+        let least_span = LEAST_SPAN.min(terms.attempt.saturating_mul(LEAST_ATTEMPTS));
         let (failed, of) = self.share(FAILED, least_span, sent_at, now)?;
-        over(failed, of, self.settings.failure_rate).then_some(Trip::Failures { failed, of })
+        over(failed, of, terms.settings.failure_rate).then_some(Trip::Failures { failed, of })
     }
 
     /// A request timed out, and nothing below counts these in a row.
@@ -123,8 +135,9 @@ impl Policy {
         };
         *streak = Some((first, last));
         // A burst that times out together is one event.
-        let spread = last.saturating_duration_since(first) >= self.attempt;
-        (count >= self.settings.consecutive_timeouts && spread).then_some(Trip::Timeouts(count))
+        let terms = self.terms.load();
+        let spread = last.saturating_duration_since(first) >= terms.attempt;
+        (count >= terms.settings.consecutive_timeouts && spread).then_some(Trip::Timeouts(count))
     }
 
     fn millis(&self, moment: Instant) -> u64 {
@@ -186,7 +199,8 @@ impl Policy {
             }
         }
         let span = Duration::from_millis(self.millis(sent_at) - first_sent);
-        (of >= self.settings.minimum_requests && span >= least_span).then_some((counted, of))
+        (of >= self.terms.load().settings.minimum_requests && span >= least_span)
+            .then_some((counted, of))
     }
 }
 

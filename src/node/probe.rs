@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::error::{Charge, Error, ErrorKind, Result};
+use crate::error::{Charge, Error, ErrorKind, Invalid, Result, not_zero};
 use crate::key::Key;
 use crate::request::{Operation, Request, StoreMode};
 use crate::response::Response;
@@ -29,9 +29,17 @@ pub(super) type Asker = Box<dyn Fn(Request) -> BoxFuture<'static, Result<Respons
 /// While the node takes requests the probe goes over the connections that requests use; a node that
 /// is out is probed over a fresh connection each time, and nothing else brings it back.
 #[derive(Clone, Debug)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct ProbeSettings {
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) initial_delay: Duration,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) period: Duration,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) timeout: Option<Duration>,
     pub(super) failure_threshold: u32,
     pub(super) success_threshold: u32,
@@ -91,13 +99,14 @@ impl ProbeSettings {
         self
     }
 
-    pub(super) fn validate(&self) -> Result<()> {
-        let zero = self.period.is_zero() || self.timeout.is_some_and(|timeout| timeout.is_zero());
-        if zero || self.success_threshold == 0 || self.failure_threshold == 0 {
-            let message = "the probe's period, timeout and thresholds must not be zero";
-            return Err(Error::configuration(message));
-        }
-        Ok(())
+    pub(super) fn validate(&self) -> Result<(), Invalid> {
+        not_zero("period", self.period.is_zero())?;
+        not_zero(
+            "timeout",
+            self.timeout.is_some_and(|timeout| timeout.is_zero()),
+        )?;
+        not_zero("success_threshold", self.success_threshold == 0)?;
+        not_zero("failure_threshold", self.failure_threshold == 0)
     }
 
     /// A period, give or take a fifth, so that many clients do not probe at once.

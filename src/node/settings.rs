@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::gate::GateSettings;
 use super::probe::ProbeSettings;
-use crate::error::{Error, Result};
+use crate::error::{Invalid, not_zero};
 
 /// The settings of a [`Node`](super::Node).
 #[derive(Clone, Debug)]
@@ -75,15 +75,13 @@ impl NodeSettings {
         self
     }
 
-    pub(crate) fn validate(&self) -> Result<()> {
-        if self.attempt_timeout.is_zero() {
-            return Err(Error::configuration("the attempt timeout is zero"));
-        }
-        if self.max_in_flight == 0 {
-            return Err(Error::configuration("no request may be in flight"));
-        }
-        self.breaker.validate()?;
-        self.probe.validate()
+    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+        not_zero("attempt_timeout", self.attempt_timeout.is_zero())?;
+        not_zero("max_in_flight", self.max_in_flight == 0)?;
+        let breaker = self.breaker.validate();
+        breaker.map_err(|invalid| invalid.under("breaker"))?;
+        let probe = self.probe.validate();
+        probe.map_err(|invalid| invalid.under("probe"))
     }
 
     pub(super) fn gate(&self) -> GateSettings {
@@ -104,14 +102,23 @@ impl NodeSettings {
 /// Hard signals open it whatever is set here: a refused connect, a connect that is not answered, or
 /// connections that answer nothing, unless other connections of the node do.
 #[derive(Clone, Debug)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct BreakerSettings {
     pub(super) consecutive_timeouts: u32,
     pub(super) failure_rate: u32,
     pub(super) slow_call_rate: u32,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) slow_call: Option<Duration>,
     pub(super) minimum_requests: u32,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) reopening: Duration,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) longest_reopening: Duration,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) ramp: Duration,
 }
 
@@ -191,17 +198,12 @@ impl BreakerSettings {
         self
     }
 
-    fn validate(&self) -> Result<()> {
-        if self.consecutive_timeouts == 0 {
-            return Err(Error::configuration("zero time-outs open the breaker"));
-        }
-        if self.failure_rate == 0 || self.slow_call_rate == 0 {
-            return Err(Error::configuration("a share of 0 % opens the breaker"));
-        }
-        if self.slow_call.is_some_and(|after| after.is_zero()) {
-            return Err(Error::configuration("every call is a slow one"));
-        }
-        Ok(())
+    fn validate(&self) -> Result<(), Invalid> {
+        not_zero("consecutive_timeouts", self.consecutive_timeouts == 0)?;
+        not_zero("failure_rate", self.failure_rate == 0)?;
+        not_zero("slow_call_rate", self.slow_call_rate == 0)?;
+        let slow_call = self.slow_call.unwrap_or(Duration::MAX);
+        not_zero("slow_call", slow_call.is_zero())
     }
 }
 
@@ -211,6 +213,11 @@ impl BreakerSettings {
 /// Such keys are deleted on the node when it answers again; until then what it has for them is not
 /// used. That is how this client never reads something older than what it has itself written.
 #[derive(Clone, Debug)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct JournalSettings {
     pub(super) capacity: usize,
     pub(super) overflow: JournalOverflow,
@@ -219,6 +226,11 @@ pub struct JournalSettings {
 /// What becomes of a node of which more keys would have to be remembered than there is room for:
 /// something on it is old, and it is no longer known what.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum JournalOverflow {
     /// The node takes no requests until it has been flushed by hand
     /// ([`Client::flush_all`](crate::Client::flush_all), which is carried out on a node that is out
@@ -247,6 +259,10 @@ impl JournalSettings {
     pub fn capacity(mut self, keys: usize) -> Self {
         self.capacity = keys;
         self
+    }
+
+    pub(crate) fn same_capacity(&self, other: &Self) -> bool {
+        self.capacity == other.capacity
     }
 
     /// What becomes of a node with more; [`JournalOverflow::Refuse`] by default.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use futures::future::BoxFuture;
 use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{Notify, watch};
@@ -24,7 +24,7 @@ use crate::key::Key;
 use crate::request::{Origin, Request};
 use crate::response::Response;
 use crate::telemetry::{Event as Counted, Level, NodeMeters};
-use crate::transport::{ConnectFailure, Event, Observer, Pipelined};
+use crate::transport::{ConnectFailure, Event, Observer, Pipelined, PipelinedSettings};
 
 impl Moment for Instant {
     fn since(self, earlier: Self) -> Duration {
@@ -38,7 +38,7 @@ type Cause = (EjectionCause, Error);
 pub(crate) struct Shared {
     id: u64,
     pub(super) name: Arc<str>,
-    pub(super) settings: NodeSettings,
+    pub(super) settings: ArcSwap<NodeSettings>,
     pub(super) gate: Gate<Instant, Cause>,
     policy: Arc<Policy>,
     pub(super) journal: Journal,
@@ -56,8 +56,7 @@ pub(crate) struct Shared {
     flush_wanted: AtomicBool,
     /// Asks it over the connections that requests use.
     pub(super) asker: Asker,
-    /// Makes a way to ask it over a fresh connection.
-    pub(super) fresh: Box<dyn Fn() -> Asker + Send + Sync>,
+    fresh: Fresh,
     pub(super) canary: Key,
     /// As large as requests may be, if that is not enough for a real one.
     pub(super) canary_size: usize,
@@ -77,13 +76,16 @@ pub(crate) struct Shared {
     pub(super) times_attempts: bool,
 }
 
+/// Makes a way to ask it over a fresh connection, by the transport's settings if it has any.
+pub(super) type Fresh = Box<dyn Fn(Option<PipelinedSettings>) -> Asker + Send + Sync>;
+
 /// What a node is made of.
 pub(super) struct Makings {
     pub(super) name: Arc<str>,
     pub(super) settings: NodeSettings,
     pub(super) policy: Arc<Policy>,
     pub(super) asker: Asker,
-    pub(super) fresh: Box<dyn Fn() -> Asker + Send + Sync>,
+    pub(super) fresh: Fresh,
     pub(super) spawner: Spawner,
     pub(super) transport: Option<Pipelined>,
     pub(super) times_attempts: bool,
@@ -133,7 +135,7 @@ impl Shared {
             transport,
             times_attempts,
             name,
-            settings,
+            settings: ArcSwap::from_pointee(settings),
         }
     }
 
@@ -144,6 +146,22 @@ impl Shared {
 
     pub(crate) fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    pub(super) fn fresh_asker(&self) -> Asker {
+        (self.fresh)(self.transport.as_ref().map(Pipelined::settings))
+    }
+
+    /// Other settings from now on, but for the room in its journal.
+    pub(crate) fn apply(&self, settings: NodeSettings, transport: PipelinedSettings) {
+        self.policy
+            .apply(settings.breaker.clone(), settings.attempt_timeout);
+        self.gate.apply(settings.gate());
+        self.settings.store(Arc::new(settings));
+        if let Some(own) = &self.transport {
+            own.apply(transport);
+        }
+        self.wake.notify_one();
     }
 
     /// Whether no request may go to it.
@@ -186,7 +204,7 @@ impl Shared {
 
     /// Whether something old on it is not known any more, and must not be read.
     pub(super) fn forgets(&self) -> bool {
-        let serves = self.settings.journal.overflow == JournalOverflow::Serve;
+        let serves = self.settings.load().journal.overflow == JournalOverflow::Serve;
         !serves && self.journal.has_overflowed()
     }
 
@@ -216,7 +234,7 @@ impl Shared {
     /// Takes a place among those who wait for it to be back.
     pub(crate) fn wait(&self) -> Result<()> {
         let before = self.waiting.fetch_add(1, Ordering::Relaxed);
-        if before >= self.settings.max_in_flight {
+        if before >= self.settings.load().max_in_flight {
             self.wait_ends();
             let error = Error::new(ErrorKind::Overloaded, "as many wait for it as may");
             return Err(error.at_node(&self.name));
@@ -409,8 +427,8 @@ impl Shared {
     /// How long a probe may take: to connect, to write and to read. Without a transport that says
     /// how long connecting may take, as long again for that.
     pub(super) fn probe_within(&self) -> Duration {
-        let attempt = self.settings.attempt_timeout;
-        self.settings.probe.timeout.unwrap_or_else(|| {
+        let attempt = self.settings.load().attempt_timeout;
+        self.settings.load().probe.timeout.unwrap_or_else(|| {
             let connecting = self.transport.as_ref().map(Pipelined::connect_within);
             connecting
                 .unwrap_or(attempt.saturating_mul(2))
@@ -425,8 +443,8 @@ impl Shared {
             return Err(self.unavailable());
         }
         let limit = match origin {
-            Origin::Home => self.settings.max_in_flight,
-            Origin::Moved => (self.settings.max_in_flight / 2).max(1),
+            Origin::Home => self.settings.load().max_in_flight,
+            Origin::Moved => (self.settings.load().max_in_flight / 2).max(1),
         };
         let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
         if before >= limit {

@@ -289,6 +289,11 @@ impl Entry {
 }
 
 impl<W> Pipeline<W> {
+    /// Other limits for what comes from now on.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     pub(crate) fn new(limits: Limits, node: NonZeroU32) -> Self {
         Self {
             limits,

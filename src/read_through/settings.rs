@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::guard::LoadGuard;
-use crate::error::{Error, Result};
+use crate::error::{Invalid, not_zero};
 
 /// Beyond that memcached's clock runs out of bits.
 const A_YEAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
@@ -19,16 +19,29 @@ const A_YEAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
 /// [`set`](crate::Client::set), with its bare TTL, counts as old by that much too early; write what
 /// is read through by loading it.
 #[derive(Clone, Debug)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct ReadThroughSettings {
-    pub(super) guard: LoadGuard,
+    #[cfg_attr(feature = "serde", serde(skip))]
+    pub(super) guard: Option<LoadGuard>,
+    database: Option<String>,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) load_timeout: Duration,
     pub(super) leases: bool,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     lease: Option<Duration>,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     lease_wait: Option<Duration>,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) stale_while_revalidate: Duration,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) stale_if_error: Duration,
     pub(super) early_refresh: f64,
     pub(super) ttl_jitter: f64,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) negative_ttl: Option<Duration>,
     pub(super) max_refills: usize,
 }
@@ -36,7 +49,8 @@ pub struct ReadThroughSettings {
 impl Default for ReadThroughSettings {
     fn default() -> Self {
         Self {
-            guard: LoadGuard::default(),
+            guard: None,
+            database: None,
             load_timeout: Duration::from_secs(1),
             leases: true,
             lease: None,
@@ -56,7 +70,25 @@ impl ReadThroughSettings {
     /// [`LoadLimits`](crate::LoadLimits); all that load from one database should share one.
     #[must_use]
     pub fn guard(mut self, guard: LoadGuard) -> Self {
-        self.guard = guard;
+        self.guard = Some(guard);
+        self
+    }
+
+    /// The same by the name of a [database](crate::ClientBuilder::database) that the client knows. A
+    /// [`guard`](Self::guard) goes over it.
+    #[must_use]
+    pub fn database(mut self, name: impl Into<String>) -> Self {
+        self.database = Some(name.into());
+        self
+    }
+
+    pub(crate) fn database_name(&self) -> Option<&str> {
+        self.database.as_deref().filter(|_| self.guard.is_none())
+    }
+
+    /// With that guard, unless it has one.
+    pub(crate) fn guarded_by(mut self, guard: impl FnOnce() -> LoadGuard) -> Self {
+        self.guard.get_or_insert_with(guard);
         self
     }
 
@@ -172,26 +204,29 @@ impl ReadThroughSettings {
         self.stale_while_revalidate.max(self.stale_if_error)
     }
 
-    pub(crate) fn validate(&self) -> Result<()> {
-        let wrong = if self.load_timeout.is_zero() {
-            "the load timeout is zero"
-        } else if self.lease.is_some_and(|lease| lease.is_zero()) {
-            "the lease is zero"
-        } else if self.lease_wait_limit() >= self.load_timeout {
-            "the lease wait leaves no time to load: it must be under the load timeout"
-        } else if !(self.early_refresh >= 0.0 && self.early_refresh.is_finite()) {
-            "the early refresh is no number from 0 on"
-        } else if !(0.0..=1.0).contains(&self.ttl_jitter) {
-            "the TTL jitter is no share from 0 to 1"
-        } else if self.negative_ttl.is_some_and(|ttl| ttl.is_zero()) {
-            "the negative TTL is zero"
-        } else if self.grace() > A_YEAR {
-            "a value may be stale for over a year"
-        } else if self.max_refills == 0 {
-            "no refill may be under way"
-        } else {
-            return Ok(());
-        };
-        Err(Error::configuration(wrong))
+    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+        let refuse = |setting: &str, why: &'static str| Err(Invalid::new(setting, why));
+        not_zero("load_timeout", self.load_timeout.is_zero())?;
+        not_zero("lease", self.lease_duration().is_zero())?;
+        if self.lease_wait_limit() >= self.load_timeout {
+            let why = "leaves no time to load: it must be under the load timeout";
+            return refuse("lease_wait", why);
+        }
+        if !(self.early_refresh >= 0.0 && self.early_refresh.is_finite()) {
+            return refuse("early_refresh", "is no number from 0 on");
+        }
+        if !(0.0..=1.0).contains(&self.ttl_jitter) {
+            return refuse("ttl_jitter", "is no share from 0 to 1");
+        }
+        not_zero("negative_ttl", self.negative_ttl == Some(Duration::ZERO))?;
+        for (setting, age) in [
+            ("stale_while_revalidate", self.stale_while_revalidate),
+            ("stale_if_error", self.stale_if_error),
+        ] {
+            if age > A_YEAR {
+                return refuse(setting, "is over a year");
+            }
+        }
+        not_zero("max_refills", self.max_refills == 0)
     }
 }

@@ -68,6 +68,7 @@ pub(crate) type Loaded = Result<HashMap<Key, Payload>, BoxError>;
 /// The engine of one client or layer.
 pub(crate) struct Engine {
     settings: ReadThroughSettings,
+    guard: LoadGuard,
     flights: Flights,
     elsewhere: Elsewhere,
     /// Where what is put back is written; the caller's runtime if there is none.
@@ -223,6 +224,7 @@ impl Engine {
             refills: Arc::new(Semaphore::new(permits)),
             releases: Arc::new(Semaphore::new(RELEASES)),
             elsewhere: Elsewhere::new(settings.lease_duration()),
+            guard: settings.guard.clone().unwrap_or_default(),
             settings,
             flights,
             spawner,
@@ -232,7 +234,8 @@ impl Engine {
 
     /// The same for other keys, such as a group's.
     pub(crate) fn again(&self) -> Arc<Self> {
-        Self::new(self.settings.clone(), self.spawner.clone())
+        let settings = self.settings.clone().guarded_by(|| self.guard.clone());
+        Self::new(settings, self.spawner.clone())
     }
 
     /// Another way to load the same keys: what one of the two invalidates the other does not put
@@ -241,8 +244,8 @@ impl Engine {
         Self::of(settings, self.spawner.clone(), self.flights.clone())
     }
 
-    fn guard(&self) -> &LoadGuard {
-        &self.settings.guard
+    pub(crate) fn guard(&self) -> &LoadGuard {
+        &self.guard
     }
 
     pub(super) fn spawner(&self) -> Option<&Spawner> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::rate::Rate;
 use super::throttle::Throttle;
-use crate::error::{Error, Result};
+use crate::error::{Invalid, not_zero};
 
 /// How much a database, or one group of those who use it, may be asked for; see
 /// [`LoadGuard`](super::LoadGuard).
@@ -20,13 +20,22 @@ use crate::error::{Error, Result};
 ///     .rate(500);
 /// ```
 #[derive(Clone, Debug)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct LoadLimits {
     pub(super) max_concurrent: usize,
     pub(super) max_queue: usize,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub(super) max_wait: Duration,
     rate: Option<u32>,
     burst: Option<u32>,
-    throttle: Option<(f64, Duration)>,
+    throttle: bool,
+    throttle_k: f64,
+    #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
+    throttle_window: Duration,
 }
 
 impl Default for LoadLimits {
@@ -37,7 +46,9 @@ impl Default for LoadLimits {
             max_wait: Duration::from_millis(250),
             rate: None,
             burst: None,
-            throttle: Some((2.0, Duration::from_secs(120))),
+            throttle: true,
+            throttle_k: 2.0,
+            throttle_window: Duration::from_secs(120),
         }
     }
 }
@@ -99,35 +110,32 @@ impl LoadLimits {
     /// and a `k` nearer to 1 as well.
     #[must_use]
     pub fn throttle(mut self, k: f64, window: Duration) -> Self {
-        self.throttle = Some((k, window));
+        self.throttle = true;
+        self.throttle_k = k;
+        self.throttle_window = window;
         self
     }
 
     /// Never holds a load back because others failed.
     #[must_use]
     pub fn without_throttle(mut self) -> Self {
-        self.throttle = None;
+        self.throttle = false;
         self
     }
 
-    pub(super) fn validate(&self) -> Result<()> {
-        let refuse = |why: &'static str| Err(Error::configuration(why));
-        if self.max_concurrent == 0 {
-            return refuse("no load may run");
-        }
-        if self.rate == Some(0) || self.burst == Some(0) {
-            return refuse("no load may start");
-        }
+    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+        let refuse = |setting: &str, why: &'static str| Err(Invalid::new(setting, why));
+        not_zero("max_concurrent", self.max_concurrent == 0)?;
+        not_zero("rate", self.rate == Some(0))?;
+        not_zero("burst", self.burst == Some(0))?;
         if self.burst.is_some() && self.rate.is_none() {
-            return refuse("a burst of loads without a rate is no limit");
+            return refuse("burst", "is no limit without a rate");
         }
-        if let Some((k, window)) = self.throttle {
-            if !(k.is_finite() && k >= 1.0) {
-                return refuse("the throttle's k is not a number from 1 upwards");
-            }
-            if window < Duration::from_secs(1) {
-                return refuse("the throttle's window is shorter than a second");
-            }
+        if !(self.throttle_k.is_finite() && self.throttle_k >= 1.0) {
+            return refuse("throttle_k", "is not a number from 1 upwards");
+        }
+        if self.throttle_window < Duration::from_secs(1) {
+            return refuse("throttle_window", "is shorter than a second");
         }
         Ok(())
     }
@@ -142,6 +150,7 @@ impl LoadLimits {
     }
 
     pub(super) fn make_throttle(&self) -> Option<Throttle> {
-        self.throttle.map(|(k, window)| Throttle::new(k, window))
+        self.throttle
+            .then(|| Throttle::new(self.throttle_k, self.throttle_window))
     }
 }

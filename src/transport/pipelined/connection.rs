@@ -202,7 +202,7 @@ async fn connect_while_queueing(
     node: &Node,
     slot: &Slot,
 ) -> Option<Result<Connected, (ConnectFailure, Error)>> {
-    let within = node.settings.connect_within();
+    let within = node.settings.load().connect_within();
     let mut connecting = pin!(connect(&*node.connector, &node.address, within));
     let mut timer = Timer::new();
     let mut woken = Vec::new();
@@ -341,7 +341,7 @@ struct Connection {
 
 impl Connection {
     fn new(stream: BoxStream, node: &Node) -> Self {
-        let settings = &node.settings;
+        let settings = node.settings.load();
         Self {
             stream,
             parser: Parser::new(settings.limits.value),
@@ -361,6 +361,15 @@ impl Connection {
         }
     }
 
+    /// The settings may have changed.
+    fn refresh(&mut self, node: &Node) {
+        let settings = node.settings.load();
+        self.attempt_timeout = settings.attempt_timeout;
+        self.stall_timeout = settings.stall_after();
+        self.timeouts_to_close = settings.timeouts_to_close;
+        self.slow_after = node.slow_after();
+    }
+
     /// Reading comes first: what has arrived must be known before a time-out is judged, and
     /// before the end of the stream is.
     fn poll(
@@ -370,6 +379,7 @@ impl Connection {
         answered: &mut bool,
         cx: &mut Context<'_>,
     ) -> Poll<End> {
+        self.refresh(node);
         let drained = match self.read(node, slot, answered, cx) {
             Ok(drained) => drained,
             Err(end) => return Poll::Ready(end),

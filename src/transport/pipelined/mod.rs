@@ -30,7 +30,7 @@ pub use slot::PipelinedFuture;
 use slot::Pool;
 
 use super::{Address, Connector};
-use crate::error::{Error, Result};
+use crate::error::{Error, Invalid, Result, not_zero};
 use crate::executor::Executor;
 use crate::key::Key;
 use crate::protocol::Limits;
@@ -176,28 +176,17 @@ impl PipelinedSettings {
             .unwrap_or(self.attempt_timeout.saturating_mul(2))
     }
 
-    pub(crate) fn validate(&self) -> Result<()> {
-        let refuse = |what: &'static str| Err(Error::configuration(what));
-        if self.attempt_timeout.is_zero() {
-            return refuse("the attempt timeout is zero");
-        }
-        if self.stall_after().is_zero() {
-            return refuse("the stall timeout is zero");
-        }
-        if self.connect_within().is_zero() {
-            return refuse("the connect timeout is zero");
-        }
-        if self.timeouts_to_close == 0 {
-            return refuse("zero time-outs close a connection");
-        }
-        if self.connections == 0 {
-            return refuse("there are to be no connections to a node");
-        }
-        if self.limits.requests == 0 || self.limits.queued_bytes == 0 {
-            return refuse("a connection's queue has no room");
-        }
+    pub(crate) fn validate(&self) -> Result<(), Invalid> {
+        not_zero("attempt_timeout", self.attempt_timeout.is_zero())?;
+        not_zero("stall_timeout", self.stall_after().is_zero())?;
+        not_zero("connect_timeout", self.connect_within().is_zero())?;
+        not_zero("timeouts_to_close", self.timeouts_to_close == 0)?;
+        not_zero("connections", self.connections == 0)?;
+        not_zero("max_requests", self.limits.requests == 0)?;
+        not_zero("max_queued_bytes", self.limits.queued_bytes == 0)?;
         if self.limits.value as u64 > crate::protocol::ABSURD_LENGTH {
-            return refuse("the largest value is over 1 GiB, which no memcached holds");
+            let why = "is over 1 GiB, which no memcached holds";
+            return Err(Invalid::new("max_value_size", why));
         }
         Ok(())
     }
@@ -265,6 +254,16 @@ impl Pipelined {
     /// Lets broken connections be tried again at once: the node is known to answer.
     pub(crate) fn end_backoff(&self) {
         self.0.end_backoff();
+    }
+
+    pub(crate) fn settings(&self) -> PipelinedSettings {
+        self.0.settings()
+    }
+
+    /// Other settings from now on; how many connections there are, and the largest value over one
+    /// that is up, stay.
+    pub(crate) fn apply(&self, settings: PipelinedSettings) {
+        self.0.apply(settings);
     }
 
     pub(crate) fn connect_within(&self) -> Duration {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -46,7 +47,7 @@ pub(super) struct Pool {
 pub(super) struct Node {
     pub(super) name: Arc<str>,
     pub(super) address: Address,
-    pub(super) settings: PipelinedSettings,
+    pub(super) settings: ArcSwap<PipelinedSettings>,
     pub(super) connector: Arc<dyn Connector>,
     observer: Option<Arc<dyn Observer>>,
     number: NonZeroU32,
@@ -284,7 +285,7 @@ impl Pool {
                 slots: (0..parts.settings.connections).map(slot).collect(),
                 name: parts.name,
                 address: parts.address,
-                settings: parts.settings,
+                settings: ArcSwap::from_pointee(parts.settings),
                 connector: parts.connector,
                 observer: parts.observer,
                 number,
@@ -304,11 +305,23 @@ impl Pool {
     }
 
     pub(super) fn connect_within(&self) -> Duration {
-        self.node.settings.connect_within()
+        self.node.settings.load().connect_within()
     }
 
     pub(super) fn max_value_size(&self) -> usize {
-        self.node.settings.limits.value
+        self.node.settings.load().limits.value
+    }
+
+    pub(super) fn settings(&self) -> PipelinedSettings {
+        PipelinedSettings::clone(&self.node.settings.load())
+    }
+
+    pub(super) fn apply(&self, settings: PipelinedSettings) {
+        let limits = settings.limits;
+        self.node.settings.store(Arc::new(settings));
+        for slot in &self.node.slots {
+            slot.lock().pipeline.set_limits(limits);
+        }
     }
 
     pub(super) fn connections(&self) -> usize {
@@ -527,7 +540,7 @@ enum Started {
 
 fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Started> {
     let node = &pool.node;
-    let settings = &node.settings;
+    let settings = node.settings.load();
     let operation = request.operation();
     let name = |error: Error| error.at_node(&node.name);
 

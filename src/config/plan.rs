@@ -1,0 +1,154 @@
+//! A configuration, checked and taken apart for those it concerns.
+
+use std::sync::Arc;
+
+use super::{Config, NodeConfig};
+use crate::cluster::{ClusterSettings, NodeSpec};
+use crate::error::Invalid;
+use crate::group::GroupSettings;
+use crate::node::NodeSettings;
+use crate::transport::PipelinedSettings;
+
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// `None` if there are none in the configuration.
+    pub(crate) nodes: Option<Vec<NodeSpec>>,
+    pub(crate) cluster: ClusterSettings,
+    pub(crate) node: NodeSettings,
+    pub(crate) transport: PipelinedSettings,
+    pub(crate) groups: Vec<GroupPlan>,
+}
+
+#[derive(Debug)]
+pub(crate) struct GroupPlan {
+    pub(crate) name: Arc<str>,
+    pub(crate) settings: GroupSettings,
+    pub(crate) cluster: ClusterSettings,
+    pub(crate) nodes: Option<Vec<NodeSpec>>,
+}
+
+impl Config {
+    /// Checks everything but whether there are nodes.
+    pub(crate) fn plan(&self) -> Result<Plan, Invalid> {
+        if self.timeout.is_zero() {
+            return Err(Invalid::new("timeout", "must not be zero"));
+        }
+        let attempt_timeout = self.attempt_timeout.min(self.timeout);
+        let node = NodeSettings::default()
+            .attempt_timeout(attempt_timeout)
+            .max_in_flight(self.max_in_flight)
+            .breaker(self.breaker.clone())
+            .probe(self.probe.clone())
+            .journal(self.journal.clone());
+        node.validate()?;
+        let mut transport = PipelinedSettings::default()
+            .attempt_timeout(attempt_timeout)
+            .timeouts_to_close(node.timeouts_to_close())
+            .connections(self.connections)
+            .max_requests(self.max_in_flight)
+            .max_value_size(self.max_value_size);
+        transport.stall_timeout = self.stall_timeout;
+        transport.connect_timeout = self.connect_timeout;
+        transport.validate()?;
+        let cluster = ClusterSettings::default()
+            .ring(self.ring.clone())
+            .failure_mode(self.failure_mode)
+            .failover_ttl(self.failover_ttl)
+            .max_attempts(self.max_attempts)
+            .retry_budget(self.retry_budget)
+            .max_ejection_percent(self.max_ejection_percent)
+            .hedged_gets(self.hedged_gets);
+        self.check(&cluster)?;
+        let read_through = self.read_through.validate();
+        read_through.map_err(|invalid| invalid.under("read_through"))?;
+        self.check_database(&self.read_through)
+            .map_err(|invalid| invalid.under("read_through"))?;
+        for (name, limits) in &self.databases {
+            let limits = limits.validate();
+            limits.map_err(|invalid| invalid.under(&format!("databases.{name}")))?;
+        }
+        let groups = self.groups.iter().map(|(name, settings)| {
+            let group = self.group(name, settings, &cluster);
+            group.map_err(|invalid| invalid.under(&format!("groups.{name}")))
+        });
+        Ok(Plan {
+            nodes: match self.nodes.is_empty() {
+                true => None,
+                false => Some(NodeConfig::specs(&self.nodes)?),
+            },
+            groups: groups.collect::<Result<_, _>>()?,
+            cluster,
+            node,
+            transport,
+        })
+    }
+
+    fn check(&self, cluster: &ClusterSettings) -> Result<(), Invalid> {
+        if cluster.hedged_gets && self.connections < 2 {
+            let why = "need at least two connections to a node";
+            return Err(Invalid::new("hedged_gets", why));
+        }
+        cluster.validate()
+    }
+
+    fn check_database(&self, settings: &crate::ReadThroughSettings) -> Result<(), Invalid> {
+        match settings.database_name() {
+            Some(name) if !self.databases.contains_key(name) => {
+                let why = format!("there is no {name:?} among the databases");
+                Err(Invalid::new("database", why))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn group(
+        &self,
+        name: &str,
+        settings: &GroupSettings,
+        cluster: &ClusterSettings,
+    ) -> Result<GroupPlan, Invalid> {
+        settings.validate()?;
+        let cluster = settings.route(cluster);
+        self.check(&cluster)?;
+        if let Some(read_through) = &settings.read_through {
+            let checked = read_through.validate();
+            checked
+                .and_then(|()| self.check_database(read_through))
+                .map_err(|invalid| invalid.under("read_through"))?;
+        }
+        let nodes = settings.nodes.as_deref().map(NodeConfig::specs);
+        Ok(GroupPlan {
+            name: name.into(),
+            settings: settings.clone(),
+            cluster,
+            nodes: nodes.transpose()?,
+        })
+    }
+
+    /// Whether a client of this configuration can become one of `next` while it runs.
+    pub(crate) fn can_become(&self, next: &Self) -> Result<(), Invalid> {
+        let stays = |setting: &str, same: bool| match same {
+            true => Ok(()),
+            false => {
+                let why = "cannot be changed while the client runs: build another one";
+                Err(Invalid::new(setting, why))
+            }
+        };
+        stays("executor", self.executor == next.executor)?;
+        stays("ring", self.ring == next.ring)?;
+        stays("connections", self.connections == next.connections)?;
+        let same_size = self.max_value_size == next.max_value_size;
+        stays("max_value_size", same_size)?;
+        let same_capacity = self.journal.same_capacity(&next.journal);
+        stays("journal.capacity", same_capacity)?;
+        stays("databases", self.databases.keys().eq(next.databases.keys()))?;
+        stays("groups", self.groups.keys().eq(next.groups.keys()))?;
+        for ((name, before), after) in self.groups.iter().zip(next.groups.values()) {
+            let setting = |setting| format!("groups.{name}.{setting}");
+            stays(&setting("prefix"), before.prefix == after.prefix)?;
+            let same_pool = before.nodes.is_some() == after.nodes.is_some();
+            stays(&setting("nodes"), same_pool)?;
+        }
+        Ok(())
+    }
+}
