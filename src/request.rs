@@ -135,6 +135,9 @@ pub enum StoreMode {
     Set,
     /// Only where nothing is.
     Add,
+    /// The same for a [claim](crate::Client::claim). What it leaves in doubt is its caller's own: one
+    /// that fails does not make the claim that may be there already be forgotten.
+    Claim,
     /// Only where something is.
     Replace,
     /// Behind what is there.
@@ -184,6 +187,7 @@ impl Operation {
             Self::Store { mode, .. } => match mode {
                 StoreMode::Set => "set",
                 StoreMode::Add => "add",
+                StoreMode::Claim => "claim",
                 StoreMode::Replace => "replace",
                 StoreMode::Append => "append",
                 StoreMode::Prepend => "prepend",
@@ -207,8 +211,8 @@ impl Operation {
 
     /// Whether it may be sent to another node, or again, after an attempt whose outcome is
     /// unknown: get, gets, get_many, lookup, lease, get_and_touch, set, replace, delete and touch.
-    /// Never add (it must not succeed beside an original that it cannot see), append, prepend,
-    /// counters or cas.
+    /// Never add or claim (it must not succeed beside an original that it cannot see), append,
+    /// prepend, counters or cas.
     #[must_use]
     pub fn is_movable(&self) -> bool {
         match self {
@@ -228,7 +232,8 @@ impl Operation {
     }
 
     /// The key, if it is one of which an older value must not be read after this: that of a set,
-    /// add, replace or delete. What counters, append and cas leave in doubt is their caller's own.
+    /// add, replace or delete. What counters, append, cas and claims leave in doubt is their caller's
+    /// own.
     pub(crate) fn written(&self) -> Option<&Key> {
         match self {
             Self::Store { mode, key, .. } => {
@@ -250,9 +255,9 @@ impl Operation {
         }
     }
 
-    /// Whether it is an add.
+    /// Whether it writes only where nothing is.
     pub(crate) fn is_add(&self) -> bool {
-        matches!(self, Self::Store { mode, .. } if *mode == StoreMode::Add)
+        matches!(self, Self::Store { mode, .. } if matches!(mode, StoreMode::Add | StoreMode::Claim))
     }
 
     /// Whether it is a compare-and-swap.
@@ -299,7 +304,7 @@ impl Operation {
     }
 
     /// What [`name`](Self::name) may say.
-    pub(crate) const NAMES: [&'static str; 19] = [
+    pub(crate) const NAMES: [&'static str; 20] = [
         "get",
         "gets",
         "lookup",
@@ -308,6 +313,7 @@ impl Operation {
         "get_and_touch",
         "set",
         "add",
+        "claim",
         "replace",
         "append",
         "prepend",
@@ -516,6 +522,7 @@ mod tests {
         assert!(movable.iter().all(Operation::is_movable));
         let pinned = [
             store(StoreMode::Add),
+            store(StoreMode::Claim),
             store(StoreMode::Append),
             store(StoreMode::Prepend),
             Operation::Arithmetic {

@@ -66,7 +66,7 @@ pub(crate) fn encode(operation: &Operation, opaque: u32, out: &mut BytesMut) -> 
             line.payload_length(payload);
             match mode {
                 StoreMode::Set => line.ttl(*ttl),
-                StoreMode::Add => {
+                StoreMode::Add | StoreMode::Claim => {
                     line.flags(b" ME");
                     line.ttl(*ttl);
                 }

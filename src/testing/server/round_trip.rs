@@ -74,10 +74,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn writes((key, stored) in key(), payload in payload(), (ttl, expiry) in ttl(), mode in 0..5_usize) {
+    fn writes((key, stored) in key(), payload in payload(), (ttl, expiry) in ttl(), mode in 0..6_usize) {
         let (mode, expected) = [
             (StoreMode::Set, Mode::Set),
             (StoreMode::Add, Mode::Add),
+            (StoreMode::Claim, Mode::Add),
             (StoreMode::Replace, Mode::Replace),
             (StoreMode::Append, Mode::Append),
             (StoreMode::Prepend, Mode::Prepend),
