@@ -83,7 +83,9 @@ mod transport;
 mod ttl;
 mod value;
 
-pub use client::{BoxedService, Client, ClientBuilder, DefaultService, MultiGet, Outcome};
+pub use client::{
+    BoxedService, Claim, Client, ClientBuilder, DefaultService, MultiGet, OnFailure, Outcome,
+};
 pub use cluster::{
     Cluster, ClusterFuture, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring,
 };

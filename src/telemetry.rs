@@ -60,6 +60,9 @@ pub const REFILLS: &str = "memcached_refills_total";
 /// A wait for another process that has the lease on a key ended. Label: `result` (`filled`;
 /// `released`: it gave the lease up, or the cache did not answer; `ended`: it took too long).
 pub const LEASE_WAITS: &str = "memcached_lease_waits_total";
+/// A [claim](crate::Client::claim) was decided. Label: `result` (`first` or `seen`, as the cache has it;
+/// where that cannot tell `allowed`, `denied`, or `fallback` if that has answered; `failed`: it has not).
+pub const CLAIMS: &str = "memcached_claims_total";
 
 /// A load under a [`LoadGuard`](crate::LoadGuard) ended. Labels: `guard`, its name; `result`
 /// (`success`, `failure`, `abandoned` by the caller). One of a group counts in the group and in the
@@ -103,6 +106,10 @@ pub(crate) fn refill(result: &'static str) {
 
 pub(crate) fn lease_wait(result: &'static str) {
     counter!(LEASE_WAITS, "result" => result).increment(1);
+}
+
+pub(crate) fn claim(result: &'static str) {
+    counter!(CLAIMS, "result" => result).increment(1);
 }
 
 /// How old handles may become: a recorder may have been installed since.

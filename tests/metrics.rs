@@ -9,7 +9,7 @@ use std::time::Duration;
 use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
 use tokio::time::{Instant, sleep};
 use tower_memcached::testing::Server;
-use tower_memcached::{BreakerState, Client, Ttl, telemetry};
+use tower_memcached::{BreakerState, Client, GroupLayer, OnFailure, Ttl, telemetry};
 
 /// What has been told, by name and labels.
 #[derive(Clone, Default)]
@@ -114,6 +114,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
     }
 
     reads_that_load(&client, &recorder).await;
+    claims(&client, &recorder).await;
 
     servers[1].stall();
     let node = format!("node={}", addresses[1]);
@@ -178,4 +179,29 @@ async fn reads_that_load(client: &Client, recorder: &Recorder) {
     assert_eq!(guarded("result=success"), 1);
     assert_eq!(guarded("result=failure"), 1);
     assert_eq!(recorder.told(&[telemetry::LOADS_DURATION]), 2);
+}
+
+async fn claims(client: &Client, recorder: &Recorder) {
+    let claims = |result| recorder.told(&[telemetry::CLAIMS, result]);
+    for _ in 0..3 {
+        let claim = client.claim("secret-claim", Ttl::NEVER, OnFailure::Deny);
+        assert!(claim.await.unwrap().error().is_none());
+    }
+    assert_eq!((claims("result=first"), claims("result=seen")), (1, 2));
+
+    let full = client.layer(GroupLayer::new("full").max_in_flight(0));
+    for failure in [OnFailure::Allow, OnFailure::Deny] {
+        let claim = full.claim("secret-claim", Ttl::NEVER, failure).await;
+        assert!(claim.unwrap().error().is_some());
+    }
+    let decides = |_| async { Ok::<_, std::io::Error>(true) };
+    let claim = full.claim_or_else("secret-claim", Ttl::NEVER, decides);
+    assert!(claim.await.unwrap().is_first());
+    let fails = |_| async { Err::<bool, _>(std::io::Error::other("no")) };
+    let claim = full.claim_or_else("secret-claim", Ttl::NEVER, fails).await;
+    assert!(claim.is_err());
+    for result in ["allowed", "denied", "fallback", "failed"] {
+        let counted = recorder.told(&[telemetry::CLAIMS, &format!("result={result}")]);
+        assert_eq!(counted, 1, "{result}");
+    }
 }

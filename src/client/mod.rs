@@ -1,10 +1,12 @@
 //! The typed façade over a stack of layers.
 //!
 //! A [`Client`] turns each operation into a [`Request`], stamps its deadline on it, drives the
-//! service to its end or to the deadline, and turns the [`Response`] back (`operations.rs`).
+//! service to its end or to the deadline, and turns the [`Response`] back (`operations.rs`,
+//! `claim.rs`).
 //! [`ClientBuilder`] puts the default stack together (`builder.rs`).
 
 mod builder;
+mod claim;
 mod events;
 mod multi_get;
 mod operations;
@@ -19,6 +21,7 @@ use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceExt as _};
 
 pub use builder::ClientBuilder;
+pub use claim::{Claim, OnFailure};
 pub use multi_get::{MultiGet, Outcome};
 
 use crate::call::Call;

@@ -2,6 +2,7 @@
 //! against real memcached where it is about memcached.
 #![cfg(feature = "testing")]
 
+mod claims;
 mod deadlines;
 mod failure_modes;
 mod fallback;

@@ -11,7 +11,7 @@ use futures::FutureExt as _;
 use tokio::time::Instant;
 
 use super::{Cache, Engine, Fill, Led, Loaded, Query, Settled, Terms, failed, out_of_time};
-use crate::error::Error;
+use crate::error::{BoxError, Error, Result};
 use crate::executor::{after, until};
 use crate::key::Key;
 use crate::read_through::flight::{Load, Outcome, Seen, Source};
@@ -94,6 +94,33 @@ impl Engine {
             Ok(Err(error)) => (error, false),
         };
         self.all_fail(ready, &error, hands_over)
+    }
+
+    /// Asks the database for something else than a value, by the guard, within the time to load.
+    pub(crate) async fn ask_database<T, E, Fut>(&self, work: impl FnOnce() -> Fut) -> Result<T>
+    where
+        Fut: Future<Output = Result<T, E>>,
+        E: Into<BoxError>,
+    {
+        let spawner = self.spawner.as_ref();
+        let ends = self.load_ends();
+        let permit = self.guard().enter(Patience::Until(ends), spawner).await?;
+        let begun = Instant::now();
+        match until(spawner, ends, async { work().await }).await? {
+            Some(Ok(answer)) => {
+                permit.succeeded();
+                Ok(answer)
+            }
+            Some(Err(error)) => {
+                permit.failed();
+                Err(failed("the database was asked and failed").with_source(error))
+            }
+            None => {
+                self.took_too_long(permit, begun);
+                let after = begun.elapsed();
+                Err(failed(format!("the database did not answer in {after:?}")))
+            }
+        }
     }
 
     /// How long to wait before a key is loaded once more in the same flight. Callers who leave sooner
