@@ -71,8 +71,10 @@ mod executor;
 pub mod fuzzing;
 mod group;
 mod key;
+mod kill_switch;
 mod node;
 mod protocol;
+mod rate;
 pub mod read_through;
 mod request;
 mod response;
@@ -92,8 +94,9 @@ pub use cluster::{
 pub use config::{Config, ExecutorConfig, NodeConfig};
 pub use error::{Error, ErrorKind, Result, Sent};
 pub use executor::Executor;
-pub use group::{Group, GroupFuture, GroupLayer, GroupSettings, KillSwitch};
+pub use group::{Group, GroupFuture, GroupLayer, GroupSettings};
 pub use key::{IntoKey, InvalidKey, Key, MAX_KEY_LENGTH};
+pub use kill_switch::KillSwitch;
 pub use node::{
     BreakerSettings, BreakerState, EjectionCause, JournalOverflow, JournalSettings, Node,
     NodeFuture, NodeLayer, NodeSettings, NodeStatus, ProbeSettings,

@@ -64,6 +64,13 @@ pub const LEASE_WAITS: &str = "memcached_lease_waits_total";
 /// where that cannot tell `allowed`, `denied`, or `fallback` if that has answered; `failed`: it has not).
 pub const CLAIMS: &str = "memcached_claims_total";
 
+/// A request was not sent, because a [`KillSwitch`](crate::KillSwitch) is thrown. Labels: `group`, whose
+/// switch it is (`client` for that of the whole client), and `operation`.
+pub const BYPASSED: &str = "memcached_bypassed_total";
+/// A functional group's own limits refused a request. Labels: `group`, and `reason` (`in_flight`: it has
+/// all the requests it may have; `rate`).
+pub const GROUP_SHED: &str = "memcached_group_shed_total";
+
 /// A load under a [`LoadGuard`](crate::LoadGuard) ended. Labels: `guard`, its name; `result`
 /// (`success`, `failure`, `abandoned` by the caller). One of a group counts in the group and in the
 /// database's guard, here and below.
@@ -106,6 +113,14 @@ pub(crate) fn refill(result: &'static str) {
 
 pub(crate) fn lease_wait(result: &'static str) {
     counter!(LEASE_WAITS, "result" => result).increment(1);
+}
+
+pub(crate) fn bypassed(group: &str, operation: &'static str) {
+    counter!(BYPASSED, "group" => group.to_owned(), "operation" => operation).increment(1);
+}
+
+pub(crate) fn group_shed(group: &str, reason: &'static str) {
+    counter!(GROUP_SHED, "group" => group.to_owned(), "reason" => reason).increment(1);
 }
 
 pub(crate) fn claim(result: &'static str) {

@@ -9,7 +9,7 @@ use tower::layer::util::{Identity, Stack};
 use tower::{Layer, Service};
 
 use super::{Client, Shared};
-use crate::cluster::{Cluster, FailureMode, NodeSpec, RetryBudget, Ring};
+use crate::cluster::{Cluster, FailureMode, NodeSpec, RetryBudget, Ring, View};
 use crate::config::{Config, ExecutorConfig, NodeConfig};
 use crate::error::{BoxError, Invalid, Result};
 use crate::executor::Executor;
@@ -370,7 +370,10 @@ impl<L, N> ClientBuilder<L, N> {
             timeout: config.timeout,
             reads: Engine::new(config.read_through, Some(spawner.clone())),
             spawner: Some(spawner),
-            cluster: Some(Arc::new(cluster.clone())),
+            cluster: Some(Arc::new(View {
+                cluster: cluster.clone(),
+                route: 0,
+            })),
         };
         Ok(Client::assemble(self.layer.layer(cluster), shared))
     }

@@ -34,6 +34,7 @@ use topology::{Member, Topology};
 
 use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
 use crate::executor::{Executor, Spawner, after};
+use crate::kill_switch::{KillSwitch, bypass};
 use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
@@ -164,7 +165,7 @@ struct Pool<S> {
     topology: ArcSwap<Topology<S>>,
     ring: Ring,
     factory: NodeFactory<S>,
-    /// Told whenever a node's state changes, or the nodes do.
+    /// Told whenever a node's state changes, or the nodes do, of any pool of the cluster.
     changes: watch::Sender<()>,
 }
 
@@ -190,8 +191,12 @@ impl Policy {
 }
 
 impl<S> Pool<S> {
-    fn new(ring: Ring, specs: Vec<NodeSpec>, factory: NodeFactory<S>) -> Self {
-        let changes = watch::Sender::new(());
+    fn new(
+        ring: Ring,
+        specs: Vec<NodeSpec>,
+        factory: NodeFactory<S>,
+        changes: watch::Sender<()>,
+    ) -> Self {
         let members = specs
             .into_iter()
             .map(|spec| {
@@ -293,6 +298,7 @@ pub struct Cluster<S> {
     shared: Arc<Shared<S>>,
     /// The routes of functional groups: [`Request::route`] from 1 on.
     groups: Arc<[Arc<Shared<S>>]>,
+    kill_switch: KillSwitch,
 }
 
 impl<S> Clone for Cluster<S> {
@@ -300,6 +306,7 @@ impl<S> Clone for Cluster<S> {
         Self {
             shared: self.shared.clone(),
             groups: self.groups.clone(),
+            kill_switch: self.kill_switch.clone(),
         }
     }
 }
@@ -337,9 +344,11 @@ impl<S> Cluster<S> {
         factory: NodeFactory<S>,
     ) -> Result<Self> {
         let shut_down = Arc::<AtomicBool>::default();
+        let changes = watch::Sender::new(());
         let pool = |settings: &ClusterSettings, specs: Vec<NodeSpec>| {
             topology::validate(&specs)?;
-            let pool = Pool::new(settings.ring.clone(), specs, factory.clone());
+            let (ring, factory) = (settings.ring.clone(), factory.clone());
+            let pool = Pool::new(ring, specs, factory, changes.clone());
             Ok::<_, Error>(Arc::new(pool))
         };
         let route = |settings: ClusterSettings, pool| {
@@ -362,6 +371,7 @@ impl<S> Cluster<S> {
         Ok(Self {
             groups: groups.collect::<Result<_>>()?,
             shared: route(settings, main)?,
+            kill_switch: KillSwitch::default(),
         })
     }
 
@@ -397,6 +407,12 @@ impl<S> Cluster<S> {
         std::iter::once(main).chain(own.filter(move |pool| !Arc::ptr_eq(pool, main)))
     }
 
+    /// Stops the whole cluster from being used, its groups included.
+    #[must_use]
+    pub fn kill_switch(&self) -> &KillSwitch {
+        &self.kill_switch
+    }
+
     /// Replaces the nodes. One with the same name and address as before keeps its connections and
     /// its breaker; requests under way end where they are.
     ///
@@ -406,11 +422,18 @@ impl<S> Cluster<S> {
     where
         S: Clone,
     {
+        self.set_nodes_of(0, specs)
+    }
+
+    fn set_nodes_of(&self, route: u32, specs: Vec<NodeSpec>) -> Result<()>
+    where
+        S: Clone,
+    {
         topology::validate(&specs)?;
         if self.shared.shut_down.load(Ordering::Acquire) {
             return Err(shut_down());
         }
-        self.shared.pool.set_nodes(&specs);
+        self.route(route).pool.set_nodes(&specs);
         Ok(())
     }
 
@@ -449,21 +472,31 @@ pub(crate) trait Control: Send + Sync {
     fn changes(&self) -> watch::Receiver<()>;
 }
 
-impl<S: Clone + Send + Sync> Control for Cluster<S> {
+/// A cluster as the client sees it, or one of its groups.
+pub(crate) struct View<S> {
+    pub(crate) cluster: Cluster<S>,
+    /// [`Request::route`]
+    pub(crate) route: u32,
+}
+
+impl<S: Clone + Send + Sync> Control for View<S> {
     fn nodes(&self) -> Vec<NodeStatus> {
-        self.nodes()
+        match self.route {
+            0 => self.cluster.nodes(),
+            group => self.cluster.route(group).pool.nodes(),
+        }
     }
 
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()> {
-        self.set_nodes(specs)
+        self.cluster.set_nodes_of(self.route, specs)
     }
 
     fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()> {
-        Box::pin(self.shutdown(drain))
+        Box::pin(self.cluster.shutdown(drain))
     }
 
     fn changes(&self) -> watch::Receiver<()> {
-        self.shared.pool.changes.subscribe()
+        self.cluster.shared.pool.changes.subscribe()
     }
 }
 
@@ -489,6 +522,14 @@ where
             let error = Error::new(ErrorKind::Disabled, "it is only taken note of");
             shared.take_note(&request);
             return ClusterFuture::settled(Err(error));
+        }
+        if self.kill_switch.is_thrown()
+            && let Some(bypassed) = bypass(&request, "client", "the client")
+        {
+            if bypassed.noted {
+                shared.take_note(&request);
+            }
+            return ClusterFuture::settled(bypassed.answer);
         }
         shared.policy.load().budget.deposit();
         match request.operation() {

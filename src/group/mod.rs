@@ -30,7 +30,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -41,37 +41,11 @@ use tower::{Layer, Service};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{after, timer};
 use crate::key::Key;
+use crate::kill_switch::KillSwitch;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 
 pub use settings::GroupSettings;
-
-/// Stops a group from using the cache, from any thread, at once. Clones are the same switch.
-///
-/// While it is thrown every request of the group fails with [`ErrorKind::Disabled`], unsent, so
-/// that [`get_or_load`](crate::Client::get_or_load) goes to its loader. Writes are not sent either;
-/// the keys of those that set, add, replace or delete are invalidated instead, so that nothing older
-/// is read when the switch is reset.
-#[derive(Clone, Debug, Default)]
-pub struct KillSwitch(Arc<AtomicBool>);
-
-impl KillSwitch {
-    /// Stops the group.
-    pub fn throw(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    /// Lets it go on.
-    pub fn reset(&self) {
-        self.0.store(false, Ordering::Release);
-    }
-
-    /// Whether it is thrown.
-    #[must_use]
-    pub fn is_thrown(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
 
 /// Makes a functional group of a stack; see [`Client::layer`](crate::Client::layer).
 #[derive(Clone, Debug)]

@@ -1,11 +1,11 @@
 //! What a guard is told, checked once.
 
-use std::num::NonZeroU32;
 use std::time::Duration;
 
 use super::rate::Rate;
 use super::throttle::Throttle;
 use crate::error::{Invalid, not_zero};
+use crate::rate::Cells;
 
 /// How much a database, or one group of those who use it, may be asked for; see
 /// [`LoadGuard`](super::LoadGuard).
@@ -141,12 +141,7 @@ impl LoadLimits {
     }
 
     pub(super) fn make_rate(&self) -> Option<Rate> {
-        let rate = NonZeroU32::new(self.rate?)?;
-        let burst = self.burst.unwrap_or(rate.get() / 10);
-        Some(Rate::new(
-            rate,
-            NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN),
-        ))
+        Cells::of(self.rate, self.burst).map(Rate::new)
     }
 
     pub(super) fn make_throttle(&self) -> Option<Throttle> {
