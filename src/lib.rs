@@ -78,6 +78,7 @@ mod rate;
 pub mod read_through;
 mod request;
 mod response;
+mod shutdown;
 pub mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -108,6 +109,7 @@ pub use read_through::{
 };
 pub use request::{Direction, LeaseTerms, Operation, Request, StoreMode};
 pub use response::{CasOutcome, Found, LeaseState, Lookup, NodeResult, Response};
+pub use shutdown::{ShutdownReport, UnflushedJournal};
 pub use transport::{
     Address, BoxStream, ByteStream, Connecting, Connector, Pipelined, PipelinedFuture,
     PipelinedSettings, SystemConnector,

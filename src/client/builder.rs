@@ -18,6 +18,7 @@ use crate::node::{BreakerSettings, JournalSettings, Node, ProbeSettings};
 use crate::read_through::{Engine, LoadLimits, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
+use crate::shutdown::Tracker;
 use crate::transport::{Connector, Parts, Pipelined, SystemConnector};
 
 /// Configures and builds a [`Client`]. Nothing is checked, opened or started before
@@ -366,16 +367,18 @@ impl<L, N> ClientBuilder<L, N> {
             spawner.clone(),
             Arc::new(factory),
         )?;
+        let tracker = Arc::<Tracker>::default();
         let shared = Shared {
             timeout: config.timeout,
-            reads: Engine::new(config.read_through, Some(spawner.clone())),
+            reads: Engine::new(config.read_through, Some(spawner.clone()), tracker.clone()),
             spawner: Some(spawner),
             cluster: Some(Arc::new(View {
                 cluster: cluster.clone(),
                 route: 0,
             })),
         };
-        Ok(Client::assemble(self.layer.layer(cluster), shared))
+        let service = tracker.layering(|| self.layer.layer(cluster));
+        Ok(Client::assemble(service, shared))
     }
 }
 

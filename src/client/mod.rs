@@ -10,6 +10,7 @@ mod claim;
 mod events;
 mod multi_get;
 mod operations;
+mod shutdown;
 
 use std::fmt;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use crate::node::NodeStatus;
 use crate::read_through::{Engine, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::{Response, misfit};
+use crate::shutdown::shut_down;
 use crate::transport::Pipelined;
 
 /// The stack that [`ClientBuilder::build`] makes when no layers are added.
@@ -143,7 +145,9 @@ impl<S> Client<S> {
             reads: self.shared.reads.again(),
             ..self.shared.again()
         };
-        Client::assemble(layer.layer(self.service.clone()), shared)
+        let tracker = self.shared.reads.tracker();
+        let service = tracker.layering(|| layer.layer(self.service.clone()));
+        Client::assemble(service, shared)
     }
 
     /// The same client with a type that can be named whatever its layers are, for one allocation
@@ -197,7 +201,8 @@ impl<S> Client<S> {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if an address is none, there are no nodes or one is
-    /// there twice, or the client was made [`from_service`](Self::from_service).
+    /// there twice, or the client was made [`from_service`](Self::from_service);
+    /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once it is being [shut down](Self::shutdown).
     pub fn set_nodes<I>(&self, nodes: I) -> Result<()>
     where
         I: IntoIterator,
@@ -212,19 +217,12 @@ impl<S> Client<S> {
     /// # Errors
     /// As for `set_nodes`.
     pub fn set_node_specs(&self, specs: Vec<NodeSpec>) -> Result<()> {
+        if self.shared.reads.tracker().refuses() {
+            return Err(shut_down());
+        }
         match &self.shared.cluster {
             Some(cluster) => cluster.set_nodes(specs),
             None => Err(Error::configuration("this client's service has no nodes")),
-        }
-    }
-
-    /// Takes no new requests, waits up to `drain` for those under way, and closes every
-    /// connection. Requests then fail with [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown); so do those of every clone.
-    /// Does nothing for a client made [`from_service`](Self::from_service), whose service is the
-    /// user's.
-    pub async fn shutdown(&self, drain: Duration) {
-        if let Some(cluster) = &self.shared.cluster {
-            cluster.shutdown(drain).await;
         }
     }
 }
@@ -247,7 +245,7 @@ impl Default for Shared {
             timeout: Duration::from_millis(100),
             spawner: None,
             cluster: None,
-            reads: Engine::new(ReadThroughSettings::default(), None),
+            reads: Engine::new(ReadThroughSettings::default(), None, Arc::default()),
         }
     }
 }
@@ -262,7 +260,13 @@ where
     ///
     /// # Errors
     /// As the operation's; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) at the deadline.
-    pub async fn call(&self, mut request: Request) -> Result<Response> {
+    pub async fn call(&self, request: Request) -> Result<Response> {
+        let _operating = self.shared.reads.tracker().operate()?;
+        self.perform(request).await
+    }
+
+    /// A request, as part of an operation.
+    async fn perform(&self, mut request: Request) -> Result<Response> {
         let shared = &*self.shared;
         if request.operation().changes() {
             // What is being loaded for it is old now. That, too, has to be done by the deadline.

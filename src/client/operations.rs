@@ -365,7 +365,9 @@ impl<S: Cache> Client<S> {
     /// [`source`](std::error::Error::source)), panics, or takes longer than
     /// [`load_timeout`](crate::ReadThroughSettings::load_timeout);
     /// [`ErrorKind::LoadShed`](crate::ErrorKind::LoadShed) if the database is to be spared;
-    /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey).
+    /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey);
+    /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once the client is being
+    /// [shut down](Self::shutdown): that is no failure of the cache, and nothing is loaded.
     ///
     /// # Cancel safety
     /// Dropping it drops the loader if it is this caller's that runs; a waiter runs its own then.
@@ -405,10 +407,9 @@ impl<S: Cache> Client<S> {
                 Ok(keys.into_iter().zip(loaded.map(Into::into)).collect())
             }
         });
-        self.shared
-            .reads
-            .get(&self.query(ttl), key, &mut loads)
-            .await
+        let reads = &self.shared.reads;
+        let _operating = reads.tracker().operate()?;
+        reads.get(&self.query(ttl), key, &mut loads).await
     }
 
     /// Reads many values, and loads all that are missing in one call of the loader: it is given
@@ -460,7 +461,10 @@ impl<S: Cache> Client<S> {
         });
         let query = self.query(ttl);
         let reads = &self.shared.reads;
-        let answers = reads.get_many(&query, &asked.valid, &mut loads).await;
+        let answers = match reads.tracker().operate() {
+            Ok(_operating) => reads.get_many(&query, &asked.valid, &mut loads).await,
+            Err(error) => vec![Err(error); asked.valid.len()],
+        };
         asked.answered(answers)
     }
 
@@ -484,15 +488,16 @@ impl<S: Cache> Client<S> {
     /// or somebody invalidates it.
     pub async fn invalidate(&self, key: impl IntoKey) -> Result<()> {
         let key = key.into_key()?;
+        let _operating = self.shared.reads.tracker().operate()?;
         let deadline = after(Instant::now(), self.shared.timeout);
         let delete = Request::new(Operation::Delete { key });
-        match self.call(delete.clone().with_deadline(deadline)).await {
+        match self.perform(delete.clone().with_deadline(deadline)).await {
             Ok(Response::Deleted(_)) => Ok(()),
             Ok(other) => Err(misfit(&other)),
             Err(error) => {
                 // Why ever it was not deleted, what the node has must not be read. The answer is
                 // that it has been taken note of.
-                let _ = self.call(delete.with_purpose(Purpose::Note)).await;
+                let _ = self.perform(delete.with_purpose(Purpose::Note)).await;
                 Err(error)
             }
         }

@@ -14,12 +14,13 @@ use tower::Service;
 
 use super::place::{Errand, Placed};
 use super::route::Wait;
-use super::{After, Shared, Tries, shut_down};
+use super::{After, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
 use crate::node::{Node, NodeFuture};
 use crate::request::{Operation, Origin, Request};
 use crate::response::{NodeResult, Response};
+use crate::shutdown::shut_down;
 use crate::value::Value;
 
 /// The most keys in one batch: what a node answers in one go, before others get their turn.

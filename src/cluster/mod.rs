@@ -10,34 +10,35 @@ mod many;
 mod place;
 pub(crate) mod ring;
 mod route;
+mod shutdown;
 mod topology;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use futures::future::BoxFuture;
 use tokio::sync::watch;
-use tokio::time::Instant;
 use tower::Service;
 
 use budget::Budget;
 pub use budget::RetryBudget;
 pub use ring::Ring;
 pub use route::ClusterFuture;
+use shutdown::Phase;
 pub use topology::NodeSpec;
 pub(crate) use topology::validate;
 use topology::{Member, Topology};
 
 use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
-use crate::executor::{Executor, Spawner, after};
+use crate::executor::{Executor, Spawner};
 use crate::kill_switch::{KillSwitch, bypass};
 use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
+use crate::shutdown::{UnflushedJournal, Until, shut_down};
 use crate::telemetry::Event;
 use crate::transport::PipelinedSettings;
 
@@ -174,7 +175,7 @@ struct Shared<S> {
     pool: Arc<Pool<S>>,
     policy: ArcSwap<Policy>,
     spawner: Spawner,
-    shut_down: Arc<AtomicBool>,
+    phase: Arc<Phase>,
 }
 
 /// Settings in force, with what goes with them.
@@ -343,7 +344,7 @@ impl<S> Cluster<S> {
         spawner: Spawner,
         factory: NodeFactory<S>,
     ) -> Result<Self> {
-        let shut_down = Arc::<AtomicBool>::default();
+        let phase = Arc::<Phase>::default();
         let changes = watch::Sender::new(());
         let pool = |settings: &ClusterSettings, specs: Vec<NodeSpec>| {
             topology::validate(&specs)?;
@@ -357,7 +358,7 @@ impl<S> Cluster<S> {
                 pool,
                 policy: ArcSwap::from_pointee(Policy::new(settings)),
                 spawner: spawner.clone(),
-                shut_down: shut_down.clone(),
+                phase: phase.clone(),
             }))
         };
         let main = pool(&settings, specs)?;
@@ -430,10 +431,14 @@ impl<S> Cluster<S> {
         S: Clone,
     {
         topology::validate(&specs)?;
-        if self.shared.shut_down.load(Ordering::Acquire) {
+        if self.shared.phase.has_begun() {
             return Err(shut_down());
         }
         self.route(route).pool.set_nodes(&specs);
+        if self.shared.phase.is_closed() {
+            // Those that are new as well.
+            self.close();
+        }
         Ok(())
     }
 
@@ -442,25 +447,6 @@ impl<S> Cluster<S> {
     pub fn nodes(&self) -> Vec<NodeStatus> {
         self.pools().flat_map(|pool| pool.nodes()).collect()
     }
-
-    /// Takes no new requests, waits up to `drain` for those under way, and closes every
-    /// connection; what is still under way then fails with [`ErrorKind::Shutdown`].
-    pub async fn shutdown(&self, drain: Duration) {
-        self.shared.shut_down.store(true, Ordering::Release);
-        let until = after(Instant::now(), drain);
-        while self.pools().any(|pool| pool.under_way() > 0) && Instant::now() < until {
-            let look_again = after(Instant::now(), Duration::from_millis(1));
-            match self.shared.spawner.sleep_until(look_again.min(until)) {
-                Ok(wait) => wait.await,
-                Err(_no_runtime) => break,
-            }
-        }
-        for pool in self.pools() {
-            for member in pool.topology.load().members() {
-                member.node.close();
-            }
-        }
-    }
 }
 
 /// What a [`Client`](crate::Client) can do with its cluster besides sending requests, whatever
@@ -468,7 +454,11 @@ impl<S> Cluster<S> {
 pub(crate) trait Control: Send + Sync {
     fn nodes(&self) -> Vec<NodeStatus>;
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()>;
-    fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()>;
+    /// The parts of a shutdown that are the cluster's, for whoever takes no new requests.
+    fn settled(&self, until: Until) -> BoxFuture<'_, ()>;
+    fn delete_once_more(&self) -> BoxFuture<'_, ()>;
+    fn unflushed(&self) -> Vec<UnflushedJournal>;
+    fn close(&self);
     fn changes(&self) -> watch::Receiver<()>;
 }
 
@@ -491,8 +481,20 @@ impl<S: Clone + Send + Sync> Control for View<S> {
         self.cluster.set_nodes_of(self.route, specs)
     }
 
-    fn shutdown(&self, drain: Duration) -> BoxFuture<'_, ()> {
-        Box::pin(self.cluster.shutdown(drain))
+    fn settled(&self, until: Until) -> BoxFuture<'_, ()> {
+        Box::pin(self.cluster.settled(until))
+    }
+
+    fn delete_once_more(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.cluster.delete_once_more())
+    }
+
+    fn unflushed(&self) -> Vec<UnflushedJournal> {
+        self.cluster.unflushed()
+    }
+
+    fn close(&self) {
+        self.cluster.close();
     }
 
     fn changes(&self) -> watch::Receiver<()> {
@@ -515,7 +517,7 @@ where
 
     fn call(&mut self, request: Request) -> ClusterFuture<S> {
         let shared = self.route(request.route());
-        if shared.shut_down.load(Ordering::Acquire) {
+        if shared.phase.refuses(&request) {
             return ClusterFuture::settled(Err(shut_down()));
         }
         if request.purpose() == Purpose::Note {
@@ -540,10 +542,6 @@ where
             _ => ClusterFuture::single(shared, request),
         }
     }
-}
-
-fn shut_down() -> Error {
-    Error::new(ErrorKind::Shutdown, "the client is shut down")
 }
 
 /// What is known of a request that has failed somewhere.

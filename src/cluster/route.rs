@@ -15,12 +15,13 @@ use tower::Service;
 use super::hedge::Hedge;
 use super::many::{Every, Many};
 use super::place::{Errand, Placed};
-use super::{After, Shared, Tries, shut_down};
+use super::{After, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::after;
 use crate::node::{Node, NodeFuture, Shared as NodeShared};
 use crate::request::{Origin, Request};
 use crate::response::Response;
+use crate::shutdown::shut_down;
 
 pin_project! {
     /// The future of one request to a [`Cluster`](super::Cluster).
@@ -156,7 +157,8 @@ impl<S> Shared<S> {
         let due = deadline.map_or(due, |deadline| due.min(deadline));
         Ok(Wait {
             timer: self.spawner.sleep_until(due)?,
-            back: delay.is_none().then(|| node.back()),
+            until_back: delay.is_none(),
+            called: node.back(),
             place: Waiting::new(node)?,
         })
     }
@@ -172,8 +174,10 @@ pin_project! {
         // Ends with the deadline at the latest.
         #[pin]
         timer: Sleep,
+        until_back: bool,
+        // The node is back, has been removed, or is closed.
         #[pin]
-        back: Option<OwnedNotified>,
+        called: OwnedNotified,
         place: Waiting,
     }
 }
@@ -200,10 +204,17 @@ impl Future for Wait {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<bool> {
         let mut this = self.project();
-        if let Some(back) = this.back.as_mut().as_pin_mut()
-            && (!this.place.0.is_open() || back.poll(cx).is_ready())
-        {
-            this.back.set(None);
+        let node = &this.place.0;
+        let mut called = false;
+        while this.called.as_mut().poll(cx).is_ready() {
+            called = true;
+            this.called.set(node.back());
+        }
+        if node.is_closed() {
+            return Poll::Ready(true);
+        }
+        if *this.until_back && (called || !node.is_open()) {
+            *this.until_back = false;
             let now = Instant::now();
             let left = this.timer.deadline().saturating_duration_since(now);
             let over = RETURN_OVER.min(left / 2);
@@ -211,7 +222,7 @@ impl Future for Wait {
                 .as_mut()
                 .reset(now + over.mul_f64(fastrand::f64()));
         }
-        this.timer.poll(cx).map(|()| this.place.0.is_closed())
+        this.timer.poll(cx).map(|()| false)
     }
 }
 

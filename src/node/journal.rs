@@ -233,6 +233,21 @@ impl Journal {
         deletions
     }
 
+    /// A deletion of each key, due or not, unless a write of it is under way.
+    pub(super) fn every(&self, now: Instant) -> Vec<Deletion> {
+        if self.len() == 0 {
+            return Vec::new();
+        }
+        let inner = self.lock();
+        let keys = inner.keys.iter().filter(|(_, entry)| entry.held == 0);
+        let deletion = |(key, entry): (&Key, &Entry)| Deletion {
+            key: key.clone(),
+            generation: entry.generation,
+            taken: now,
+        };
+        keys.map(deletion).collect()
+    }
+
     /// The node has acknowledged a deletion.
     pub(super) fn deleted(&self, deletion: &Deletion, now: Instant) {
         let mut inner = self.lock();

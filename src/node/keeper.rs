@@ -13,6 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::gate::{BreakerState, Progress};
+use super::journal::Deletion;
 use super::probe::{Asker, CANARY_SIZE, canary, jittered};
 use super::{EjectionCause, JournalOverflow, Shared};
 use crate::error::{Charge, Error, ErrorKind, Result};
@@ -343,7 +344,7 @@ async fn probe(shared: &Arc<Shared>, ask: &Asker, size: usize) -> Probed {
 }
 
 /// Not more than there is room for.
-fn at_once(shared: &Shared) -> usize {
+pub(super) fn at_once(shared: &Shared) -> usize {
     DELETIONS
         .min(shared.settings.load().max_in_flight / 2)
         .max(1)
@@ -352,7 +353,11 @@ fn at_once(shared: &Shared) -> usize {
 /// Deletes what is due, a round of it, and says how much that was.
 async fn delete_due(shared: &Arc<Shared>) -> Result<usize> {
     let deletions = shared.journal.take(at_once(shared), Instant::now());
-    let count = deletions.len();
+    delete(shared, &deletions).await?;
+    Ok(deletions.len())
+}
+
+pub(super) async fn delete(shared: &Arc<Shared>, deletions: &[Deletion]) -> Result<()> {
     let deleting = deletions.iter().map(|deletion| {
         let key = deletion.key.clone();
         within(
@@ -361,7 +366,7 @@ async fn delete_due(shared: &Arc<Shared>) -> Result<usize> {
         )
     });
     let mut failure = None;
-    for (outcome, deletion) in join_all(deleting).await.into_iter().zip(&deletions) {
+    for (outcome, deletion) in join_all(deleting).await.into_iter().zip(deletions) {
         match outcome {
             Ok(_) => {
                 shared.journal.deleted(deletion, Instant::now());
@@ -374,7 +379,7 @@ async fn delete_due(shared: &Arc<Shared>) -> Result<usize> {
         }
     }
     match failure {
-        None => Ok(count),
+        None => Ok(()),
         Some(error) => Err(error),
     }
 }

@@ -25,6 +25,7 @@ mod policy;
 mod probe;
 mod settings;
 mod shared;
+mod shutdown;
 
 use std::fmt;
 use std::future::Future;
@@ -42,7 +43,7 @@ use tower::{Layer, Service};
 pub(crate) use gate::Admission;
 pub use gate::BreakerState;
 use journal::Hold;
-pub(crate) use journal::Reason;
+pub(crate) use journal::{GRACE, Reason};
 use policy::Policy;
 pub use probe::ProbeSettings;
 pub use settings::{BreakerSettings, JournalOverflow, JournalSettings, NodeSettings};
@@ -316,10 +317,6 @@ impl<S> Node<S> {
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
-    }
-
-    pub(crate) fn close(&self) {
-        self.shared.close();
     }
 
     /// Tells `changes` whenever its state changes.

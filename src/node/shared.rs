@@ -415,7 +415,7 @@ impl Shared {
         self.kept.store(false, Ordering::Release);
     }
 
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.in_use.send_replace(());
         self.call_back();

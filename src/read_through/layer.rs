@@ -19,6 +19,7 @@ use crate::executor::{Executor, Spawner, after};
 use crate::key::Key;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
+use crate::shutdown::Tracker;
 use crate::ttl::Ttl;
 use crate::value::Payload;
 
@@ -142,7 +143,11 @@ impl<S, L: Loader> Layer<S> for ReadThroughLayer<L> {
     fn layer(&self, inner: S) -> ReadThrough<S, L> {
         ReadThrough {
             inner,
-            engine: Engine::new(self.settings.clone(), self.spawner.clone()),
+            engine: Engine::new(
+                self.settings.clone(),
+                self.spawner.clone(),
+                Tracker::current(),
+            ),
             layer: self.clone(),
         }
     }

@@ -14,6 +14,7 @@ use super::engine::{Cache, Engine, Led, Loaded, Query, Settled, Terms, Wanted, l
 use crate::error::Error;
 use crate::executor::{Spawner, until};
 use crate::key::Key;
+use crate::shutdown::{Work, shut_down};
 
 /// What loads, and where that runs.
 pub(crate) struct Loads<F> {
@@ -128,17 +129,23 @@ where
         let (engine, query, load) = (engine.clone(), query.clone(), tasks.load.clone());
         let terms = Terms {
             ends: engine.load_ends(),
+            on_task: true,
             ..terms
         };
+        let counted = engine.tracker().count(Work::Load);
         Ok(runtime.spawn(async move {
+            let wanted: Vec<_> = led.iter().map(Led::wanted).collect();
             let mut load = |keys| load(keys);
-            engine.lead(&query, led, terms, &mut load).await
+            let leading = engine.lead(&query, led, terms, &mut load);
+            let settled = engine.tracker().unless_closed(leading).await;
+            drop(counted);
+            settled.unwrap_or_else(|| all_fail(wanted, &shut_down()))
         }))
     }
 }
 
 /// Each gets what it falls back on, if it does.
-fn all_fail(wanted: Vec<Wanted>, error: &Error) -> Vec<Settled> {
+pub(super) fn all_fail(wanted: Vec<Wanted>, error: &Error) -> Vec<Settled> {
     let conclude = |wanted: Wanted| wanted.conclude(Err(error.clone()));
     wanted.into_iter().map(conclude).collect()
 }

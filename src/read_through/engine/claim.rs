@@ -12,6 +12,7 @@ use crate::read_through::flight::{Outcome, Seen, Source};
 use crate::read_through::freshness::{self, Freshness};
 use crate::request::LeaseTerms;
 use crate::response::{Found, LeaseState, Lookup};
+use crate::shutdown::Work;
 use crate::telemetry;
 use crate::value::{CasToken, Value};
 
@@ -123,10 +124,11 @@ impl Engine {
     fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken, away: Away) -> Claim {
         let (spawner, releases) = (self.spawner.clone(), self.releases.clone());
         let (query, key) = (query.clone(), led.wanted.key.clone());
+        let counted = self.tracker.count(Work::Lease);
         led.seat.hold(token, move || {
             let request = refill(removal(key, token));
             // If it is not, it expires.
-            if let Some(behind) = Behind::new(spawner, &releases) {
+            if let Some(behind) = Behind::new(spawner, &releases, counted) {
                 behind.spawn(async move {
                     let _ = query.put(request).await;
                 });

@@ -16,6 +16,7 @@ use crate::executor::{after, until};
 use crate::key::Key;
 use crate::read_through::flight::{Load, Outcome, Seen, Source};
 use crate::read_through::guard::{Patience, Permit};
+use crate::shutdown::{Work, shut_down};
 use crate::value::{Payload, Value};
 
 /// So many loads of one flight may follow each other at once.
@@ -70,15 +71,21 @@ impl Engine {
         }
         let keys = ready.iter().map(|(led, _)| led.wanted.key.clone());
         let keys: Vec<Key> = keys.collect();
+        // As a task it is counted already.
+        let own = (!terms.on_task).then(|| self.tracker.count(Work::OwnLoad));
         // A loader may panic when it is called, polled, or dropped because its time is up.
-        let work = until(spawner, terms.ends, async { load(keys).await });
-        let (error, hands_over) = match AssertUnwindSafe(work).catch_unwind().await {
-            Ok(Ok(Some(Ok(loaded)))) => {
+        let work = self.tracker.unless_closed(async { load(keys).await });
+        let work = until(spawner, terms.ends, work);
+        let worked = AssertUnwindSafe(work).catch_unwind().await;
+        drop(own);
+        let (error, hands_over) = match worked {
+            Ok(Ok(Some(Some(Ok(loaded))))) => {
                 permit.succeeded();
                 self.learn(begun.elapsed());
                 return self.all_loaded(query, ready, loaded, begun).await;
             }
-            Ok(Ok(Some(Err(error)))) => {
+            Ok(Ok(Some(None))) => (shut_down(), false),
+            Ok(Ok(Some(Some(Err(error))))) => {
                 permit.failed();
                 (failed("the loader failed").with_source(error), false)
             }

@@ -29,7 +29,7 @@ use super::elsewhere::Elsewhere;
 use super::flight::{Flights, Outcome, Outdated, Seat, Seen, Sighting, Turn};
 use super::freshness::{self, Freshness};
 use super::guard::LoadGuard;
-use super::loads::Loads;
+use super::loads::{Loads, all_fail};
 use super::settings::ReadThroughSettings;
 use crate::call::Call;
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
@@ -37,6 +37,7 @@ use crate::executor::{Spawner, after, until};
 use crate::key::Key;
 use crate::request::{LeaseTerms, Operation, Request};
 use crate::response::{Found, LeaseState, Lookup, Response, misfit};
+use crate::shutdown::{Tracker, shut_down};
 use crate::telemetry;
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
@@ -78,6 +79,8 @@ pub(crate) struct Engine {
     releases: Arc<Semaphore>,
     /// What a load has lately taken, in nanoseconds.
     cost: AtomicU64,
+    /// What all engines of a client have under way.
+    tracker: Arc<Tracker>,
 }
 
 /// One call: what is asked, and when it has to be answered.
@@ -205,6 +208,8 @@ pub(crate) struct Terms {
     pub(crate) ends: Instant,
     /// Whether it may wait for a place at the database.
     pub(crate) patient: bool,
+    /// Whether it has a task of its own.
+    pub(crate) on_task: bool,
 }
 
 /// How many leases may be given up at once. What exceeds it is left to expire.
@@ -214,11 +219,20 @@ const RELEASES: usize = 16 * 1024;
 const LOOKUPS: usize = 64;
 
 impl Engine {
-    pub(crate) fn new(settings: ReadThroughSettings, spawner: Option<Spawner>) -> Arc<Self> {
-        Self::of(settings, spawner, Flights::default())
+    pub(crate) fn new(
+        settings: ReadThroughSettings,
+        spawner: Option<Spawner>,
+        tracker: Arc<Tracker>,
+    ) -> Arc<Self> {
+        Self::of(settings, spawner, Flights::default(), tracker)
     }
 
-    fn of(settings: ReadThroughSettings, spawner: Option<Spawner>, flights: Flights) -> Arc<Self> {
+    fn of(
+        settings: ReadThroughSettings,
+        spawner: Option<Spawner>,
+        flights: Flights,
+        tracker: Arc<Tracker>,
+    ) -> Arc<Self> {
         let permits = settings.max_refills.min(Semaphore::MAX_PERMITS);
         Arc::new(Self {
             refills: Arc::new(Semaphore::new(permits)),
@@ -229,19 +243,31 @@ impl Engine {
             flights,
             spawner,
             cost: AtomicU64::new(0),
+            tracker,
         })
     }
 
     /// The same for other keys, such as a group's.
     pub(crate) fn again(&self) -> Arc<Self> {
         let settings = self.settings.clone().guarded_by(|| self.guard.clone());
-        Self::new(settings, self.spawner.clone())
+        let tracker = self.tracker.clone();
+        Self::new(settings, self.spawner.clone(), tracker)
     }
 
     /// Another way to load the same keys: what one of the two invalidates the other does not put
     /// back.
     pub(crate) fn with_settings(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        Self::of(settings, self.spawner.clone(), self.flights.clone())
+        let tracker = self.tracker.clone();
+        Self::of(
+            settings,
+            self.spawner.clone(),
+            self.flights.clone(),
+            tracker,
+        )
+    }
+
+    pub(crate) fn tracker(&self) -> &Arc<Tracker> {
+        &self.tracker
     }
 
     pub(crate) fn guard(&self) -> &LoadGuard {
@@ -262,6 +288,7 @@ impl Engine {
         Terms {
             ends: query.ends.map_or(ends, |latest| latest.min(ends)),
             patient,
+            on_task: false,
         }
     }
 
@@ -290,13 +317,11 @@ impl Engine {
         let (settled, otherwise) = match self.judge(query, 0, key, lookup) {
             Verdict::Settled(result) => return counted(result, "hit"),
             Verdict::Refresh(wanted) => {
-                let terms = self.terms(query, false);
-                let settled = self.refresh(query, vec![wanted], terms, loads).await;
+                let settled = self.obtain(query, vec![wanted], false, loads).await;
                 (settled, "refreshed")
             }
             Verdict::Fetch(wanted) => {
-                let terms = self.terms(query, true);
-                let settled = self.fetch(query, vec![wanted], terms, loads).await;
+                let settled = self.obtain(query, vec![wanted], true, loads).await;
                 (settled, "loaded")
             }
         };
@@ -333,11 +358,10 @@ impl Engine {
             }
         }
         // What is missing first: somebody waits for it.
-        let terms = self.terms(query, true);
-        for (index, result) in self.fetch(query, fetch, terms, loads).await {
+        for (index, result) in self.obtain(query, fetch, true, loads).await {
             results[index] = counted(result, "loaded");
         }
-        for (index, result) in self.refresh(query, refresh, terms, loads).await {
+        for (index, result) in self.obtain(query, refresh, false, loads).await {
             results[index] = counted(result, "refreshed");
         }
         results
@@ -464,6 +488,34 @@ impl Engine {
     fn draw_early(&self) -> Duration {
         let cost = Duration::from_nanos(self.cost.load(Ordering::Relaxed));
         freshness::early(cost, self.settings.early_refresh, fastrand::f64())
+    }
+
+    /// Sees to it that keys are loaded: what is `missing` for whoever waits for it, what is old behind
+    /// the answer if that can be. Nobody waits for longer than until the client is shut down.
+    async fn obtain<S, F, Fut>(
+        self: &Arc<Self>,
+        query: &Query<S>,
+        wanted: Vec<Wanted>,
+        missing: bool,
+        loads: &mut Loads<F>,
+    ) -> Vec<Settled>
+    where
+        S: Cache,
+        F: FnMut(Vec<Key>) -> Fut,
+        Fut: Future<Output = Loaded>,
+    {
+        let abandoned = wanted.clone();
+        let settling = async {
+            let terms = self.terms(query, missing);
+            match missing {
+                true => self.fetch(query, wanted, terms, loads).await,
+                false => self.refresh(query, wanted, terms, loads).await,
+            }
+        };
+        match self.tracker.unless_closed(settling).await {
+            Some(settled) => settled,
+            None => all_fail(abandoned, &shut_down()),
+        }
     }
 
     /// Loads anew what nobody here is loading yet; what there is stands in for it meanwhile.

@@ -14,6 +14,7 @@ use crate::key::Key;
 use crate::read_through::flight::Seat;
 use crate::request::{Operation, Purpose, Request, StoreMode};
 use crate::response::{CasOutcome, Response};
+use crate::shutdown::{Counted, Work};
 use crate::telemetry;
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload};
@@ -35,7 +36,9 @@ impl Engine {
             }
             return seat.land();
         };
-        let Some(behind) = Behind::new(self.spawner.clone(), &self.refills) else {
+        let counted = self.tracker.count(Work::Refill);
+        let Some(behind) = Behind::new(self.spawner.clone(), &self.refills, counted) else {
+            self.tracker.refill_dropped();
             telemetry::refill("dropped");
             return seat.land();
         };
@@ -124,13 +127,22 @@ impl<S: Cache> Query<S> {
 pub(super) struct Behind {
     spawner: Option<Spawner>,
     permit: OwnedSemaphorePermit,
+    counted: Counted,
 }
 
 impl Behind {
     /// `None` if as much is done there as may be.
-    pub(super) fn new(spawner: Option<Spawner>, permits: &Arc<Semaphore>) -> Option<Self> {
+    pub(super) fn new(
+        spawner: Option<Spawner>,
+        permits: &Arc<Semaphore>,
+        counted: Counted,
+    ) -> Option<Self> {
         let permit = permits.clone().try_acquire_owned().ok()?;
-        Some(Self { spawner, permit })
+        Some(Self {
+            spawner,
+            permit,
+            counted,
+        })
     }
 
     /// Does it there if there is a runtime, and at once otherwise.
@@ -141,12 +153,16 @@ impl Behind {
         self.spawn(work);
     }
 
-    /// Does it there, if there is a runtime.
+    /// Does it there, if there is a runtime, and unless the client is shut down before.
     pub(super) fn spawn(self, work: impl Future<Output = ()> + Send + 'static) {
-        let Self { spawner, permit } = self;
+        let Self {
+            spawner,
+            permit,
+            counted,
+        } = self;
         let work = async move {
-            work.await;
-            drop(permit);
+            let _ = counted.tracker().unless_closed(work).await;
+            drop((permit, counted));
         };
         match (spawner, Handle::try_current()) {
             // Where its runtime has gone, so has the cache.
