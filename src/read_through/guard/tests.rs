@@ -41,9 +41,9 @@ fn is_idle(guard: &LoadGuard) -> bool {
 #[test]
 fn limits_that_make_no_sense_are_refused() {
     for (limits, why) in [
-        (limits().max_concurrent(0), "no load may run"),
-        (limits().rate(0), "no load may start"),
-        (limits().rate(1).burst(0), "no load may start"),
+        (limits().max_concurrent(0), "max_concurrent"),
+        (limits().rate(0), "rate: must not be zero"),
+        (limits().rate(1).burst(0), "burst: must not be zero"),
         (limits().burst(1), "without a rate"),
         (limits().throttle(0.99, SECOND), "from 1 upwards"),
         (limits().throttle(f64::NAN, SECOND), "from 1 upwards"),
