@@ -47,19 +47,28 @@ impl KillSwitch {
     }
 }
 
-/// What becomes of a request whose switch is thrown; `None` if it is to be sent all the same.
+/// Whether a request is sent even if its switch is thrown.
+pub(crate) fn spares(request: &Request) -> bool {
+    matches!(
+        request.operation(),
+        Operation::Version | Operation::FlushAll | Operation::Stats
+    )
+}
+
+/// What becomes of a request whose switch is thrown, unless that [spares](spares) it.
 ///
 /// It is counted for `group`, which errors call `title`.
-pub(crate) fn bypass(request: &Request, group: &str, title: &str) -> Option<Bypassed> {
+pub(crate) fn bypass(request: &Request, group: &str, title: &str) -> Bypassed {
     let operation = request.operation();
     // What a cache says that keeps nothing.
     let answer = match operation {
-        Operation::Version | Operation::FlushAll | Operation::Stats => return None,
         Operation::Get { .. } | Operation::GetAndTouch { .. } | Operation::GetMany { .. } => {
             operation.miss()
         }
         // Not as a miss, lest what is loaded be put back.
-        Operation::Lookup { .. } => None,
+        Operation::Lookup { .. } | Operation::Version | Operation::FlushAll | Operation::Stats => {
+            None
+        }
         Operation::Store { mode, .. } => match mode {
             StoreMode::Set => Some(Response::Stored(true)),
             StoreMode::Replace | StoreMode::Append | StoreMode::Prepend => {
@@ -80,7 +89,7 @@ pub(crate) fn bypass(request: &Request, group: &str, title: &str) -> Option<Bypa
     telemetry::bypassed(group, operation.name());
     // What it would have changed must not be read as it was.
     let noted = own && operation.written().is_some();
-    Some(Bypassed { answer, noted })
+    Bypassed { answer, noted }
 }
 
 pub(crate) struct Bypassed {

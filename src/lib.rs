@@ -21,7 +21,7 @@
 //!   v
 //! Client          typed operations; the deadline of each
 //!   v
-//! your layers     ClientBuilder::layer: any tower::Layer; GroupLayer, ReadThroughLayer
+//! your layers     ClientBuilder::layer: any tower::Layer; GroupLayer, ReadThroughLayer, BulkheadLayer
 //!   v
 //! Cluster         hash ring, failure mode, retry budget
 //!   v  one per node
@@ -60,6 +60,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bulkhead;
 mod call;
 mod client;
 mod cluster;
@@ -86,6 +87,7 @@ mod transport;
 mod ttl;
 mod value;
 
+pub use bulkhead::{Bulkhead, BulkheadFuture, BulkheadLayer};
 pub use client::{
     BoxedService, Claim, Client, ClientBuilder, DefaultService, MultiGet, OnFailure, Outcome,
 };
@@ -95,7 +97,7 @@ pub use cluster::{
 pub use config::{Config, ExecutorConfig, NodeConfig};
 pub use error::{Error, ErrorKind, Result, Sent};
 pub use executor::Executor;
-pub use group::{Group, GroupFuture, GroupLayer, GroupSettings};
+pub use group::{Group, GroupFuture, GroupLayer, GroupSettings, GroupStatus};
 pub use key::{IntoKey, InvalidKey, Key, MAX_KEY_LENGTH};
 pub use kill_switch::KillSwitch;
 pub use node::{

@@ -377,6 +377,7 @@ pub struct Request {
     origin: Origin,
     purpose: Purpose,
     route: u32,
+    attempt_timeout: Option<Duration>,
 }
 
 /// What a request is made for, besides what it asks.
@@ -403,6 +404,7 @@ impl Request {
             origin: Origin::Home,
             purpose: Purpose::Answer,
             route: 0,
+            attempt_timeout: None,
         }
     }
 
@@ -426,6 +428,16 @@ impl Request {
 
     pub(crate) fn purpose(&self) -> Purpose {
         self.purpose
+    }
+
+    /// How long one attempt may take, where that is less than the node's own attempt timeout.
+    pub(crate) fn with_attempt_timeout(mut self, timeout: Duration) -> Self {
+        self.attempt_timeout = Some(timeout);
+        self
+    }
+
+    pub(crate) fn attempt_timeout(&self) -> Option<Duration> {
+        self.attempt_timeout
     }
 
     /// Says which functional group's failure mode, retry budget and nodes are its.

@@ -67,8 +67,8 @@ pub const CLAIMS: &str = "memcached_claims_total";
 /// A request was not sent, because a [`KillSwitch`](crate::KillSwitch) is thrown. Labels: `group`, whose
 /// switch it is (`client` for that of the whole client), and `operation`.
 pub const BYPASSED: &str = "memcached_bypassed_total";
-/// A functional group's own limits refused a request. Labels: `group`, and `reason` (`in_flight`: it has
-/// all the requests it may have; `rate`).
+/// A functional group's own limits refused a request. Labels: `group`, and `reason` (`queue_full`: as many
+/// were under way and waited as may; `waited`: none of those ended in time; `rate`).
 pub const GROUP_SHED: &str = "memcached_group_shed_total";
 
 /// A load under a [`LoadGuard`](crate::LoadGuard) ended. Labels: `guard`, its name; `result`

@@ -8,6 +8,7 @@ use std::future::Future as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use tower::Service;
@@ -31,6 +32,7 @@ pub(super) struct Many<S: Service<Request>> {
     shared: Arc<Shared<S>>,
     keys: Arc<[Key]>,
     deadline: Option<Instant>,
+    attempt_timeout: Option<Duration>,
     outcomes: Vec<Option<Result<Option<Value>>>>,
     batches: Vec<Batch<S>>,
     waiting: Vec<Waiting>,
@@ -60,7 +62,7 @@ struct Group<S> {
 
 impl<S: Service<Request> + Clone> Many<S> {
     pub(super) fn new(shared: &Arc<Shared<S>>, request: Request) -> Self {
-        let deadline = request.deadline();
+        let (deadline, attempt_timeout) = (request.deadline(), request.attempt_timeout());
         let keys = match request.into_operation() {
             Operation::GetMany { keys } => keys,
             _ => Arc::default(),
@@ -70,6 +72,7 @@ impl<S: Service<Request> + Clone> Many<S> {
             outcomes: vec![None; keys.len()],
             keys,
             deadline,
+            attempt_timeout,
             batches: Vec::new(),
             waiting: Vec::new(),
             look_again: false,
@@ -88,11 +91,14 @@ impl<S: Service<Request> + Clone> Many<S> {
                 .map(|&index| self.keys[index].clone())
                 .collect(),
         };
-        let request = Request::new(Operation::GetMany { keys });
-        match self.deadline {
-            Some(deadline) => request.with_deadline(deadline),
-            None => request,
+        let mut request = Request::new(Operation::GetMany { keys });
+        if let Some(deadline) = self.deadline {
+            request = request.with_deadline(deadline);
         }
+        if let Some(attempt) = self.attempt_timeout {
+            request = request.with_attempt_timeout(attempt);
+        }
+        request
     }
 
     /// Sends keys to where they go now; or, after they have failed with an error, to other nodes than

@@ -34,7 +34,7 @@ use topology::{Member, Topology};
 
 use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
 use crate::executor::{Executor, Spawner};
-use crate::kill_switch::{KillSwitch, bypass};
+use crate::kill_switch::{KillSwitch, bypass, spares};
 use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
@@ -525,9 +525,8 @@ where
             shared.take_note(&request);
             return ClusterFuture::settled(Err(error));
         }
-        if self.kill_switch.is_thrown()
-            && let Some(bypassed) = bypass(&request, "client", "the client")
-        {
+        if self.kill_switch.is_thrown() && !spares(&request) {
+            let bypassed = bypass(&request, "client", "the client");
             if bypassed.noted {
                 shared.take_note(&request);
             }

@@ -1,11 +1,14 @@
 //! Functional groups: what one part of a service caches, kept apart from what the others do.
 //!
-//! A group has a key prefix, a deadline and an in-flight limit of its own, and a kill switch. One
-//! group that floods the cache, or must stop using it, leaves the others alone:
+//! A group has a key prefix, a deadline, an in-flight limit, a rate and a kill switch of its own;
+//! declared in the [builder](crate::ClientBuilder::group) it may have its own failure mode,
+//! read-through settings and nodes besides ([`GroupSettings`]). One group that floods the cache, or must
+//! stop using it, leaves the others alone. A [`GroupLayer`] is the part of it that needs no cluster, for
+//! stacks built by hand:
 //!
 //! ```
 //! use std::time::Duration;
-//! use tower_memcached::{Client, Executor, GroupLayer, KillSwitch};
+//! use tower_memcached::{Client, GroupLayer, KillSwitch};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), tower_memcached::Error> {
@@ -19,44 +22,43 @@
 //!         .kill_switch(kill_switch.clone()),
 //! );
 //! kill_switch.throw();
-//! assert!(sessions.get("42").await.is_err());
+//! assert_eq!(sessions.get("42").await?, None);
 //! # Ok(())
 //! # }
 //! ```
 
+mod future;
 mod settings;
 
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep};
+use arc_swap::ArcSwap;
+use tokio::time::Instant;
 use tower::{Layer, Service};
 
-use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
-use crate::executor::{after, timer};
+pub use self::future::GroupFuture;
+use self::future::State;
+pub use self::settings::GroupSettings;
+use crate::bulkhead::{Bulkhead, Room};
+use crate::error::{BoxError, Error, ErrorKind, Result};
+use crate::executor::after;
 use crate::key::Key;
-use crate::kill_switch::KillSwitch;
+use crate::kill_switch::{Bypassed, KillSwitch, bypass, spares};
+use crate::rate::Cells;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
-
-pub use settings::GroupSettings;
+use crate::telemetry;
 
 /// Makes a functional group of a stack; see [`Client::layer`](crate::Client::layer).
 #[derive(Clone, Debug)]
 pub struct GroupLayer {
     name: Arc<str>,
     prefix: Arc<[u8]>,
-    timeout: Option<Duration>,
-    max_in_flight: usize,
+    settings: GroupSettings,
     kill_switch: KillSwitch,
-    /// [`Request::route`]; 0 leaves that to whoever is above.
-    route: u32,
 }
 
 impl GroupLayer {
@@ -66,18 +68,9 @@ impl GroupLayer {
         Self {
             name: name.into(),
             prefix: Arc::default(),
-            timeout: None,
-            max_in_flight: usize::MAX,
+            settings: GroupSettings::default(),
             kill_switch: KillSwitch::default(),
-            route: 0,
         }
-    }
-
-    /// Its requests go by the route that the cluster has for it.
-    #[expect(dead_code, reason = "groups are declared in the builder next")]
-    pub(crate) fn route(mut self, route: u32) -> Self {
-        self.route = route;
-        self
     }
 
     /// What goes before each of its keys. A key that is too long with it, or a prefix with a
@@ -91,15 +84,47 @@ impl GroupLayer {
     /// How long each of its operations may take; the client's timeout where that is shorter.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = Some(timeout);
+        self.settings = self.settings.timeout(timeout);
         self
     }
 
-    /// How many of its requests may be under way at once, on all clones together; more fail at
-    /// once with [`ErrorKind::Overloaded`]. No limit by default.
+    /// How many of its requests may be under way at once, on all clones together; more wait in its
+    /// [queue](Self::max_queue), or fail at once with [`ErrorKind::Overloaded`]. No limit by default.
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {
-        self.max_in_flight = requests;
+        self.settings = self.settings.max_in_flight(requests);
+        self
+    }
+
+    /// How many of its requests may wait until one of those under way ends, in the order in which
+    /// they came; 0 by default. To wait they need a tokio runtime: outside of every one it is an
+    /// [`ErrorKind::NoRuntime`] instead.
+    #[must_use]
+    pub fn max_queue(mut self, requests: usize) -> Self {
+        self.settings = self.settings.max_queue(requests);
+        self
+    }
+
+    /// How long each may wait there before it fails with [`ErrorKind::Overloaded`]; 50 ms by default,
+    /// half of a client's default timeout, and never longer than until its deadline.
+    #[must_use]
+    pub fn max_wait(mut self, time: Duration) -> Self {
+        self.settings = self.settings.max_wait(time);
+        self
+    }
+
+    /// How many requests it may make each second; more fail at once with [`ErrorKind::Overloaded`]. No
+    /// limit by default. See [`GroupSettings::rate`].
+    #[must_use]
+    pub fn rate(mut self, per_second: u32) -> Self {
+        self.settings = self.settings.rate(per_second);
+        self
+    }
+
+    /// How many requests it may make at once after a while with fewer; see [`GroupSettings::burst`].
+    #[must_use]
+    pub fn burst(mut self, requests: u32) -> Self {
+        self.settings = self.settings.burst(requests);
         self
     }
 
@@ -115,59 +140,98 @@ impl<S> Layer<S> for GroupLayer {
     type Service = Group<S>;
 
     fn layer(&self, inner: S) -> Group<S> {
-        Group {
-            inner,
-            layer: self.clone(),
-            in_flight: Arc::default(),
-        }
-    }
-}
-
-/// The service of a [`GroupLayer`].
-///
-/// # Readiness
-/// That of the service below. The group's own limit is an immediate error from `call`.
-///
-/// # Cancel safety
-/// Dropping a [`GroupFuture`] gives its place back.
-#[derive(Clone, Debug)]
-pub struct Group<S> {
-    inner: S,
-    layer: GroupLayer,
-    in_flight: Arc<AtomicUsize>,
-}
-
-/// A place among the group's requests under way.
-struct Permit(Arc<AtomicUsize>);
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl<S> Group<S> {
-    fn admit(&self) -> Result<Permit> {
-        let layer = &self.layer;
-        let refuse = |kind, why: &str| {
-            let name = &layer.name;
-            Err(Error::new(kind, format!("the group {name:?} {why}")))
+        let shared = Shared {
+            prefix: self.prefix.clone(),
+            kill_switch: self.kill_switch.clone(),
+            ..Shared::new(self.name.clone(), &self.settings, 0)
         };
-        if layer.kill_switch.is_thrown() {
-            return refuse(ErrorKind::Disabled, "is stopped by its kill switch");
+        Group::new(inner, Arc::new(shared))
+    }
+}
+
+/// What all services of one group share.
+pub(crate) struct Shared {
+    name: Arc<str>,
+    /// What errors call it.
+    title: String,
+    prefix: Arc<[u8]>,
+    /// [`Request::route`]; 0 leaves that to whoever is above.
+    route: u32,
+    kill_switch: KillSwitch,
+    room: Arc<Room>,
+    terms: ArcSwap<Terms>,
+}
+
+/// What of its settings is looked at for each request.
+struct Terms {
+    timeout: Option<Duration>,
+    attempt_timeout: Option<Duration>,
+    rate: (Option<u32>, Option<u32>),
+    cells: Option<Arc<Cells>>,
+}
+
+impl Terms {
+    /// The cells that were taken stay so while the rate is the same.
+    fn new(settings: &GroupSettings, before: Option<&Self>) -> Self {
+        let rate @ (per_second, burst) = (settings.rate, settings.burst);
+        Self {
+            timeout: settings.timeout,
+            attempt_timeout: settings.attempt_timeout,
+            rate,
+            cells: match before {
+                Some(before) if before.rate == rate => before.cells.clone(),
+                _ => Cells::of(per_second, burst).map(Arc::new),
+            },
         }
-        let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let permit = Permit(self.in_flight.clone());
-        if before >= layer.max_in_flight {
-            return refuse(ErrorKind::Overloaded, "has all the requests it may have");
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(name: Arc<str>, settings: &GroupSettings, route: u32) -> Self {
+        let title = format!("the group {name:?}");
+        let kill_switch = KillSwitch::default();
+        kill_switch.set(settings.killed);
+        Self {
+            room: Room::of_group(&name, &title, settings.limits()),
+            prefix: settings.prefix.as_bytes().into(),
+            terms: ArcSwap::from_pointee(Terms::new(settings, None)),
+            name,
+            title,
+            route,
+            kill_switch,
         }
-        Ok(permit)
+    }
+
+    /// Other settings from now on, but for the prefix.
+    pub(crate) fn apply(&self, settings: &GroupSettings) {
+        self.kill_switch.set(settings.killed);
+        self.room.set_limits(settings.limits());
+        let terms = Terms::new(settings, Some(&self.terms.load()));
+        self.terms.store(Arc::new(terms));
+    }
+
+    pub(crate) fn kill_switch(&self) -> &KillSwitch {
+        &self.kill_switch
+    }
+
+    pub(crate) fn status(&self) -> GroupStatus {
+        GroupStatus {
+            group: self.name.clone(),
+            killed: self.kill_switch.is_thrown(),
+            in_flight: self.room.in_flight(),
+            queued: self.room.queued(),
+        }
+    }
+
+    /// What becomes of a request now that the switch is thrown.
+    fn bypass(&self, request: &Request) -> Bypassed {
+        bypass(request, &self.name, &self.title)
     }
 
     /// Puts the prefix before the request's keys. Keys of a multi-key read that cannot take it are
     /// left out, and returned.
     fn prefix(&self, request: &mut Request) -> Result<Vec<(usize, Error)>> {
-        let prefix = &*self.layer.prefix;
+        let prefix = &*self.prefix;
         let mut invalid = Vec::new();
         if prefix.is_empty() {
             return Ok(invalid);
@@ -195,6 +259,99 @@ impl<S> Group<S> {
         }
         Ok(invalid)
     }
+
+    /// The rate is used up.
+    fn refuse(&self) -> Error {
+        telemetry::group_shed(&self.name, "rate");
+        let message = format!("{} may make no more requests for now", self.title);
+        Error::new(ErrorKind::Overloaded, message)
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("name", &self.name)
+            .field("room", &self.room)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a functional group does now: an entry of [`Client::groups`](crate::Client::groups).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GroupStatus {
+    /// Its name.
+    pub group: Arc<str>,
+    /// Whether its kill switch is thrown.
+    pub killed: bool,
+    /// Requests under way.
+    pub in_flight: usize,
+    /// Requests that wait until one of those ends.
+    pub queued: usize,
+}
+
+/// The service of a functional group: of a [`GroupLayer`], or of [`Client::group`](crate::Client::group).
+///
+/// # Readiness
+/// `poll_ready` is always ready. The readiness of the service below is waited for in the future, as
+/// one of the group's requests under way and within the group's deadline.
+///
+/// # Cancel safety
+/// Dropping a [`GroupFuture`] gives its place back, be it in the queue or among those under way.
+#[derive(Clone, Debug)]
+pub struct Group<S> {
+    bulkhead: Bulkhead<S>,
+    shared: Arc<Shared>,
+}
+
+impl<S> Group<S> {
+    pub(crate) fn new(inner: S, shared: Arc<Shared>) -> Self {
+        Self {
+            bulkhead: Bulkhead::in_room(inner, shared.room.clone()),
+            shared,
+        }
+    }
+}
+
+impl<S> Group<S>
+where
+    S: Service<Request, Response = Response> + Clone,
+    S::Error: Into<BoxError>,
+{
+    fn begin(&self, mut request: Request, terms: &Terms) -> State<S> {
+        let shared = &self.shared;
+        if request.purpose() == Purpose::Note {
+            // Of a group above. It takes nothing, and must not be lost.
+            let noted = shared.prefix(&mut request);
+            let answer = noted.and_then(|_| Err(Error::new(ErrorKind::Disabled, "it is noted")));
+            return State::note(self.bulkhead.inner().clone(), request, answer);
+        }
+        let spared = spares(&request);
+        if shared.kill_switch.is_thrown() && !spared {
+            let bypassed = shared.bypass(&request);
+            return match shared.prefix(&mut request) {
+                Ok(_) => State::bypassed(self.bulkhead.inner().clone(), request, bypassed),
+                Err(error) => State::settled(Err(error)),
+            };
+        }
+        let invalid = match shared.prefix(&mut request) {
+            Ok(invalid) => invalid,
+            Err(error) => return State::settled(Err(error)),
+        };
+        if let Some(cells) = &terms.cells
+            && cells.take().is_err()
+        {
+            return State::settled(Err(shared.refuse()));
+        }
+        let deadline = request.deadline();
+        State::Called {
+            future: self.bulkhead.call_by(request, deadline),
+            shared: shared.clone(),
+            spared,
+            invalid,
+        }
+    }
 }
 
 impl<S> Service<Request> for Group<S>
@@ -206,170 +363,22 @@ where
     type Error = Error;
     type Future = GroupFuture<S>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        if self.layer.kill_switch.is_thrown() {
-            return Poll::Ready(Ok(()));
-        }
-        let ready = self.inner.poll_ready(cx);
-        ready.map_err(|error| Error::from_boxed(error.into()))
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: Request) -> GroupFuture<S> {
-        let ends = self
-            .layer
-            .timeout
-            .map(|timeout| after(Instant::now(), timeout));
+        let terms = self.shared.terms.load();
+        let ends = terms.timeout.map(|timeout| after(Instant::now(), timeout));
         if let Some(ends) = ends {
             request = request.with_deadline(ends);
         }
-        if self.layer.route != 0 {
-            request = request.with_route(self.layer.route);
+        if let Some(attempt) = terms.attempt_timeout {
+            request = request.with_attempt_timeout(attempt);
         }
-        let admitted = self
-            .admit()
-            .and_then(|permit| Ok((permit, self.prefix(&mut request)?)));
-        GroupFuture {
-            state: match admitted {
-                Ok((permit, invalid)) => State::Called {
-                    future: self.inner.call(request),
-                    _permit: permit,
-                    invalid,
-                },
-                // What it would have changed must not be read as it was.
-                Err(error) if withheld(&error, &request) => match self.prefix(&mut request) {
-                    Ok(_) => State::Withheld {
-                        // Not the one that was not asked whether it is ready.
-                        service: self.inner.clone(),
-                        request: Some(request.with_purpose(Purpose::Note)),
-                        error: Some(error),
-                    },
-                    Err(error) => State::Refused { error: Some(error) },
-                },
-                Err(error) => State::Refused { error: Some(error) },
-            },
-            ends,
-            timer: None,
+        if self.shared.route != 0 {
+            request = request.with_route(self.shared.route);
         }
-    }
-}
-
-fn withheld(error: &Error, request: &Request) -> bool {
-    error.kind() == ErrorKind::Disabled
-        && request.operation().written().is_some()
-        && request.purpose() != Purpose::Refill
-}
-
-pin_project! {
-    /// The future of one request to a [`Group`].
-    #[must_use = "futures do nothing unless polled"]
-    pub struct GroupFuture<S>
-    where
-        S: Service<Request>,
-    {
-        #[pin]
-        state: State<S>,
-        // The group's own deadline, for a layer below that does not keep to the request's.
-        ends: Option<Instant>,
-        #[pin]
-        timer: Option<Sleep>,
-    }
-}
-
-pin_project! {
-    #[project = StateProjection]
-    enum State<S>
-    where
-        S: Service<Request>,
-    {
-        Called {
-            #[pin]
-            future: S::Future,
-            _permit: Permit,
-            invalid: Vec<(usize, Error)>,
-        },
-        // Not sent, but made known to whoever keeps the journals.
-        Withheld { service: S, request: Option<Request>, error: Option<Error> },
-        Noting {
-            #[pin]
-            future: S::Future,
-            error: Option<Error>,
-        },
-        Refused { error: Option<Error> },
-    }
-}
-
-impl<S> Future for GroupFuture<S>
-where
-    S: Service<Request, Response = Response>,
-    S::Error: Into<BoxError>,
-{
-    type Output = Result<Response>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let mut this = self.as_mut().project();
-        match this.state.as_mut().project() {
-            StateProjection::Called {
-                future, invalid, ..
-            } => {
-                let Poll::Ready(mut outcome) = future.poll(cx) else {
-                    let Some(ends) = *this.ends else {
-                        return Poll::Pending;
-                    };
-                    if this.timer.is_none() {
-                        // Outside of every runtime the client's own deadline has to do.
-                        this.timer.set(timer(None, ends).ok());
-                    }
-                    match this.timer.as_mut().as_pin_mut() {
-                        Some(timer) => ready!(timer.poll(cx)),
-                        None => return Poll::Pending,
-                    }
-                    let error = Error::new(ErrorKind::Timeout, "the group's deadline has passed");
-                    return Poll::Ready(Err(error.with_sent(Sent::Maybe)));
-                };
-                if let Ok(Response::Values(outcomes)) = &mut outcome {
-                    // In ascending order, so each goes back to its own place.
-                    for (place, error) in invalid.drain(..) {
-                        outcomes.insert(place.min(outcomes.len()), Err(error));
-                    }
-                }
-                Poll::Ready(outcome.map_err(|error| Error::from_boxed(error.into())))
-            }
-            StateProjection::Withheld {
-                service,
-                request,
-                error,
-            } => {
-                let ready = ready!(service.poll_ready(cx)).is_ok();
-                let (request, mut error) = (request.take(), error.take());
-                if ready && let Some(request) = request {
-                    let future = service.call(request);
-                    let error = error.take();
-                    this.state.set(State::Noting { future, error });
-                    return self.poll(cx);
-                }
-                match error {
-                    Some(error) => Poll::Ready(Err(error)),
-                    None => panic!("polled after completion"),
-                }
-            }
-            StateProjection::Noting { future, error } => {
-                // It ends with what the cluster says at once: that it has taken note.
-                let _ = ready!(future.poll(cx));
-                match error.take() {
-                    Some(error) => Poll::Ready(Err(error)),
-                    None => panic!("polled after completion"),
-                }
-            }
-            StateProjection::Refused { error } => match error.take() {
-                Some(error) => Poll::Ready(Err(error)),
-                None => panic!("polled after completion"),
-            },
-        }
-    }
-}
-
-impl<S: Service<Request>> fmt::Debug for GroupFuture<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GroupFuture").finish_non_exhaustive()
+        GroupFuture::new(self.begin(request, &terms), ends)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::bulkhead::Limits;
 use crate::cluster::{ClusterSettings, FailureMode, RetryBudget};
 use crate::config::NodeConfig;
 use crate::error::{Invalid, not_zero};
@@ -48,7 +49,7 @@ impl Default for GroupSettings {
             attempt_timeout: None,
             max_in_flight: None,
             max_queue: 0,
-            max_wait: Duration::from_millis(10),
+            max_wait: Limits::DEFAULT_MAX_WAIT,
             rate: None,
             burst: None,
             killed: false,
@@ -104,7 +105,7 @@ impl GroupSettings {
         self
     }
 
-    /// How long a request may wait there, within its deadline; 10 ms by default.
+    /// How long a request may wait there, within its deadline; 50 ms by default.
     #[must_use]
     pub fn max_wait(mut self, time: Duration) -> Self {
         self.max_wait = time;
@@ -196,6 +197,15 @@ impl GroupSettings {
     {
         self.nodes = Some(nodes.into_iter().map(NodeConfig::new).collect());
         self
+    }
+
+    /// Its bulkhead's.
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            max_in_flight: self.max_in_flight.unwrap_or(usize::MAX),
+            max_queue: self.max_queue,
+            max_wait: self.max_wait,
+        }
     }
 
     pub(crate) fn validate(&self) -> Result<(), Invalid> {

@@ -33,7 +33,7 @@ use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use pin_project_lite::pin_project;
 use tokio::sync::watch;
@@ -311,8 +311,7 @@ impl<S> Node<S> {
 
     /// Requests at it, and those that wait for it.
     pub(crate) fn under_way(&self) -> usize {
-        let in_flight = self.shared.in_flight.load(Ordering::Relaxed);
-        in_flight + self.shared.waiting.load(Ordering::Relaxed)
+        self.shared.in_flight() + self.shared.waiting.load(Ordering::Relaxed)
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -357,6 +356,8 @@ pin_project! {
         // Since when it holds a place among the requests in flight.
         entered: Option<Instant>,
         deadline: Option<Instant>,
+        // Of whose request it is, where that is shorter than the node's.
+        attempt_timeout: Option<Duration>,
         #[pin]
         timer: Option<Sleep>,
     }
@@ -393,6 +394,7 @@ impl<S: Service<Request> + Clone> NodeFuture<S> {
         Self {
             shared: node.shared.clone(),
             deadline: request.deadline(),
+            attempt_timeout: request.attempt_timeout(),
             asked: Asked::new(&request),
             step: Step::Waiting {
                 service: node.service.clone(),
@@ -466,9 +468,9 @@ where
             Poll::Pending if !shared.times_attempts => return Poll::Pending,
             Poll::Pending => {
                 let attempt_ends = after(started, shared.settings.load().attempt_timeout);
-                let due = this
-                    .deadline
-                    .map_or(attempt_ends, |ends| ends.min(attempt_ends));
+                let own = this.attempt_timeout.map(|own| after(started, own));
+                let ends = [Some(attempt_ends), *this.deadline, own];
+                let due = ends.into_iter().flatten().min().unwrap_or(attempt_ends);
                 if this.timer.is_none() {
                     this.timer.set(Some(shared.spawner.sleep_until(due)?));
                 }

@@ -18,6 +18,7 @@ use super::leftovers::Leftovers;
 use super::policy::{Policy, Trip};
 use super::probe::{self, Asker, CANARY_SIZE};
 use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, keeper};
+use crate::bulkhead::Limit;
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::Spawner;
 use crate::key::Key;
@@ -44,7 +45,8 @@ pub(crate) struct Shared {
     pub(super) journal: Journal,
     pub(super) latencies: Latencies,
     pub(super) meters: NodeMeters,
-    pub(super) in_flight: AtomicUsize,
+    /// Nobody waits for a place.
+    places: Limit,
     /// Requests that wait for it to be back.
     pub(super) waiting: AtomicUsize,
     /// What a request gets while the gate is shut.
@@ -111,7 +113,7 @@ impl Shared {
             journal: Journal::new(settings.journal.capacity),
             latencies: Latencies::default(),
             meters: NodeMeters::new(&name, &Verdict::OUTCOMES),
-            in_flight: AtomicUsize::new(0),
+            places: Limit::new(settings.max_in_flight, 0),
             waiting: AtomicUsize::new(0),
             unavailable: ArcSwapOption::empty(),
             ejections: AtomicU64::new(0),
@@ -157,6 +159,7 @@ impl Shared {
         self.policy
             .apply(settings.breaker.clone(), settings.attempt_timeout);
         self.gate.apply(settings.gate());
+        self.places.set(settings.max_in_flight, 0);
         self.settings.store(Arc::new(settings));
         if let Some(own) = &self.transport {
             own.apply(transport);
@@ -286,8 +289,7 @@ impl Shared {
 
     pub(super) fn show_levels(&self) {
         self.show_state();
-        let in_flight = self.in_flight.load(Ordering::Relaxed);
-        self.meters.set(Level::InFlight, in_flight);
+        self.meters.set(Level::InFlight, self.in_flight());
         self.meters.set(Level::JournalKeys, self.journal.len());
         if let Some(transport) = &self.transport {
             self.meters.set(Level::QueueDepth, transport.pending());
@@ -310,7 +312,7 @@ impl Shared {
             since,
             cause,
             last_cause,
-            in_flight: self.in_flight.load(Ordering::Relaxed),
+            in_flight: self.in_flight(),
             connections: transport.map_or(0, Pipelined::connections_up),
             journal: self.journal.len(),
         }
@@ -436,19 +438,22 @@ impl Shared {
         })
     }
 
+    /// Requests at it now.
+    pub(super) fn in_flight(&self) -> usize {
+        self.places.in_flight()
+    }
+
     /// Takes a place among the requests in flight, to be given back with [`Self::leave`].
     pub(super) fn enter(self: &Arc<Self>, origin: Origin, asked: &mut Asked) -> Result<()> {
         self.ensure_kept();
         if self.gate.is_shut() {
             return Err(self.unavailable());
         }
-        let limit = match origin {
-            Origin::Home => self.settings.load().max_in_flight,
-            Origin::Moved => (self.settings.load().max_in_flight / 2).max(1),
+        let entered = match origin {
+            Origin::Home => self.places.try_enter(),
+            Origin::Moved => self.places.try_enter_half(),
         };
-        let before = self.in_flight.fetch_add(1, Ordering::Relaxed);
-        if before >= limit {
-            self.leave();
+        if !entered {
             let error = Error::new(ErrorKind::Overloaded, "its in-flight limit is reached");
             return Err(error.at_node(&self.name));
         }
@@ -461,7 +466,7 @@ impl Shared {
     }
 
     pub(super) fn leave(&self) {
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.places.leave();
     }
 
     /// Learns from the outcome of a request, begun then; `None` if its future was dropped.

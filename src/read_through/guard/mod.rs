@@ -5,7 +5,7 @@
 //!
 //! 1. the throttle (`throttle.rs`): while most loads fail, only few are made;
 //! 2. the queue, which has only so many places,
-//! 3. the bulkhead (`bulkhead.rs`): so many loads at once, in the order in which they came;
+//! 3. the bulkhead (`crate::bulkhead`): so many loads at once, in the order in which they came;
 //! 4. the rate (`rate.rs`): so many starts each second. It is last, since its cells count starts.
 //!
 //! A [`LoadGuard`] may be a group of another: then its own first three, those of the database's
@@ -15,7 +15,6 @@
 //! when a later step sheds the load or its caller leaves; a cell of the group's rate is kept for
 //! its next load.
 
-mod bulkhead;
 mod limits;
 mod rate;
 #[cfg(test)]
@@ -23,7 +22,7 @@ mod tests;
 mod throttle;
 
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::iter::successors;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,14 +30,32 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-pub(crate) use self::bulkhead::Patience;
-use self::bulkhead::{Bulkhead, Place};
 pub use self::limits::LoadLimits;
 use self::rate::{Cell, Rate};
 use self::throttle::{SentIn, Throttle};
+use crate::bulkhead::{Limits, Place, Room};
 use crate::error::{Error, ErrorKind, Result};
-use crate::executor::{Spawner, after};
+use crate::executor::{Spawner, after, until};
 use crate::telemetry;
+
+/// How long somebody is willing to wait for their turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Until that moment.
+    Until(Instant),
+    /// Not at all: it is done now or not.
+    Now,
+}
+
+impl Patience {
+    /// The same, but not beyond `moment`.
+    fn at_most(self, moment: Instant) -> Self {
+        match self {
+            Self::Until(own) => Self::Until(own.min(moment)),
+            Self::Now => Self::Now,
+        }
+    }
+}
 
 /// Protects one database from loads. Share one, by cloning it, among all clients, groups and
 /// layers that load from that database.
@@ -73,12 +90,10 @@ impl Default for LoadGuard {
 /// One guard: of a database, or of a group.
 struct Level {
     name: Arc<str>,
-    /// What it guards, in words.
-    title: String,
     parent: Option<LoadGuard>,
     throttle: Option<Throttle>,
-    bulkhead: Bulkhead,
-    max_wait: Duration,
+    /// Titled with what it guards, in words.
+    bulkhead: Arc<Room>,
     rate: Option<Rate>,
     queued: Shown,
     running: Shown,
@@ -134,7 +149,7 @@ impl LoadGuard {
     /// As [`new`](Self::new).
     pub fn group(&self, name: impl Into<Arc<str>>, limits: LoadLimits) -> Result<Self> {
         let name = name.into();
-        let title = format!("the group {name:?} of {}", self.0.title);
+        let title = format!("the group {name:?} of {}", self.0.bulkhead.title());
         Self::make(name, title, Some(self.clone()), &limits)
     }
 
@@ -145,15 +160,18 @@ impl LoadGuard {
         limits: &LoadLimits,
     ) -> Result<Self> {
         limits.validate()?;
+        let places = Limits {
+            max_in_flight: limits.max_concurrent,
+            max_queue: limits.max_queue,
+            max_wait: limits.max_wait,
+        };
         Ok(Self(Arc::new(Level {
             queued: Shown::new(telemetry::LOADS_QUEUED, &name),
             running: Shown::new(telemetry::LOADS_RUNNING, &name),
             name,
-            title,
             parent,
             throttle: limits.make_throttle(),
-            bulkhead: Bulkhead::new(limits.max_concurrent, limits.max_queue),
-            max_wait: limits.max_wait,
+            bulkhead: Room::new(title, places),
             rate: limits.make_rate(),
             started: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -228,7 +246,7 @@ impl LoadGuard {
         let mut places = Vec::new();
         for guard in levels() {
             guard.0.throttle()?;
-            patience = patience.at_most(after(Instant::now(), guard.0.max_wait));
+            patience = patience.at_most(after(Instant::now(), guard.0.bulkhead.max_wait()));
             let place = guard.0.place(patience, spawner).await?;
             places.push((guard.clone(), place));
         }
@@ -287,7 +305,8 @@ impl Level {
         };
         // Dropped before the ticket is, so that never more are said to wait than may.
         let _queued = self.queued.enter();
-        let place = ticket.turn(moment, spawner).await?;
+        let turn = poll_fn(|cx| ticket.poll_turn(cx));
+        let place = until(spawner, moment, turn).await?;
         place.ok_or_else(|| self.shed(Shed::Waited))
     }
 
@@ -313,7 +332,7 @@ impl Level {
     fn shed(&self, why: Shed) -> Error {
         self.shed[why as usize].fetch_add(1, Ordering::Relaxed);
         telemetry::load_shed(&self.name, why.name());
-        let title = &self.title;
+        let title = self.bulkhead.title();
         let message = match why {
             Shed::Throttled => {
                 format!("{title} fails too many of its loads; this one is held back")

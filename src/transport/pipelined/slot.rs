@@ -563,7 +563,13 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
     };
     let now = Instant::now();
     let attempt_ends = after(now, settings.attempt_timeout);
-    let (deadline, give_up_at) = match request.deadline() {
+    // One that is shorter than the node's is the caller's own, like a deadline.
+    let own_ends = request.attempt_timeout().map(|own| after(now, own));
+    let ends = match (request.deadline(), own_ends) {
+        (Some(deadline), Some(own)) => Some(deadline.min(own)),
+        (deadline, own) => deadline.or(own),
+    };
+    let (deadline, give_up_at) = match ends {
         Some(ends) if ends <= now => {
             let error = Error::new(ErrorKind::Timeout, "its deadline has passed");
             return Err(name(error.with_sent(Sent::No)));
