@@ -15,7 +15,7 @@ use crate::error::{BoxError, Invalid, Result};
 use crate::executor::Executor;
 use crate::group::GroupSettings;
 use crate::node::{BreakerSettings, JournalSettings, Node, ProbeSettings};
-use crate::read_through::{Engine, LoadLimits, ReadThroughSettings};
+use crate::read_through::{Engine, LoadLimits, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
 use crate::shutdown::Tracker;
@@ -29,6 +29,8 @@ pub struct ClientBuilder<L = Identity, N = Identity> {
     load_timeout: Option<Duration>,
     /// Goes over the configuration's.
     executor: Option<Executor>,
+    /// The same.
+    load_executor: Option<Executor>,
     connector: Arc<dyn Connector>,
     layer: L,
     node_layer: N,
@@ -42,6 +44,7 @@ impl ClientBuilder {
             config: Config::default(),
             load_timeout: None,
             executor: None,
+            load_executor: None,
             connector: Arc::new(SystemConnector::new()),
             layer: Identity::new(),
             node_layer: Identity::new(),
@@ -252,10 +255,26 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
-    /// Where sockets, timers and probes run; one dedicated thread by default.
+    /// Where sockets, timers and probes run; one dedicated thread by default. Loaders never do (see
+    /// [`load_executor`](Self::load_executor)).
     #[must_use]
     pub fn executor(mut self, executor: Executor) -> Self {
         self.executor = Some(executor);
+        self
+    }
+
+    /// Where [`Client::get_or_load`] puts back what it has loaded, behind the answer, through the layers
+    /// of the client; on the client's executor by default. Give one if a [`layer`](Self::layer) blocks or
+    /// computes much (compresses, say), which would make I/O late. The threads of a dedicated one are
+    /// apart from those for I/O.
+    ///
+    /// The loader itself is not run there but on its caller's task; one that is shared runs on
+    /// [`ReadThroughLayer::executor`](crate::ReadThroughLayer::executor). Loads are bounded by their
+    /// [`LoadGuard`](crate::LoadGuard), and what is put back by
+    /// [`ReadThroughSettings::max_refills`](crate::ReadThroughSettings::max_refills).
+    #[must_use]
+    pub fn load_executor(mut self, executor: Executor) -> Self {
+        self.load_executor = Some(executor);
         self
     }
 
@@ -276,6 +295,7 @@ impl<L, N> ClientBuilder<L, N> {
             config,
             load_timeout,
             executor,
+            load_executor,
             connector,
             layer: outer,
             node_layer,
@@ -285,6 +305,7 @@ impl<L, N> ClientBuilder<L, N> {
             config,
             load_timeout,
             executor,
+            load_executor,
             connector,
             layer: Stack::new(layer, outer),
             node_layer,
@@ -300,6 +321,7 @@ impl<L, N> ClientBuilder<L, N> {
             config,
             load_timeout,
             executor,
+            load_executor,
             connector,
             layer: whole,
             node_layer: outer,
@@ -309,6 +331,7 @@ impl<L, N> ClientBuilder<L, N> {
             config,
             load_timeout,
             executor,
+            load_executor,
             connector,
             layer: whole,
             node_layer: Stack::new(layer, outer),
@@ -344,6 +367,12 @@ impl<L, N> ClientBuilder<L, N> {
         });
         let spawner = executor.start()?;
 
+        let behind = match (&self.load_executor, &config.load_executor) {
+            (Some(executor), _) => executor.start_for_loads()?,
+            (None, Some(executor)) => executor.make().start_for_loads()?,
+            (None, None) => spawner.clone(),
+        };
+
         let live = Arc::new(ArcSwap::from_pointee((plan.node, plan.transport)));
         let (node_layer, times_attempts) = (self.node_layer, self.times_attempts);
         let (connector, nodes_spawner) = (self.connector, spawner.clone());
@@ -355,7 +384,7 @@ impl<L, N> ClientBuilder<L, N> {
                 address: spec.address.clone(),
                 settings: transport,
                 connector: connector.clone(),
-                spawner: nodes_spawner.clone(),
+                spawner: nodes_spawner.for_node(),
                 observer: None,
             };
             Node::over_transport(parts, node, &node_layer, times_attempts)
@@ -370,7 +399,14 @@ impl<L, N> ClientBuilder<L, N> {
         let tracker = Arc::<Tracker>::default();
         let shared = Shared {
             timeout: config.timeout,
-            reads: Engine::new(config.read_through, Some(spawner.clone()), tracker.clone()),
+            reads: Engine::new(
+                config.read_through,
+                Means {
+                    spawner: Some(spawner.clone()),
+                    behind: Some(behind),
+                    tracker: tracker.clone(),
+                },
+            ),
             spawner: Some(spawner),
             cluster: Some(Arc::new(View {
                 cluster: cluster.clone(),
@@ -387,6 +423,7 @@ impl<L, N> fmt::Debug for ClientBuilder<L, N> {
         f.debug_struct("ClientBuilder")
             .field("config", &self.config)
             .field("executor", &self.executor)
+            .field("load_executor", &self.load_executor)
             .finish_non_exhaustive()
     }
 }

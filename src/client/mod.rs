@@ -30,7 +30,7 @@ use crate::cluster::{Cluster, Control, NodeSpec};
 use crate::error::{BoxError, Error, Result};
 use crate::executor::{Spawner, after};
 use crate::node::NodeStatus;
-use crate::read_through::{Engine, ReadThroughSettings};
+use crate::read_through::{Engine, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::{Response, misfit};
 use crate::shutdown::shut_down;
@@ -245,7 +245,7 @@ impl Default for Shared {
             timeout: Duration::from_millis(100),
             spawner: None,
             cluster: None,
-            reads: Engine::new(ReadThroughSettings::default(), None, Arc::default()),
+            reads: Engine::new(ReadThroughSettings::default(), Means::default()),
         }
     }
 }

@@ -119,6 +119,9 @@ pub struct Config {
     /// Where sockets, timers and probes run, unless the builder is given an
     /// [`Executor`]; one dedicated thread by default.
     pub executor: Option<ExecutorConfig>,
+    /// Where what was loaded is put back, unless the builder is given a
+    /// [`load_executor`](crate::ClientBuilder::load_executor); where I/O runs by default.
+    pub load_executor: Option<ExecutorConfig>,
     /// How values are loaded.
     pub read_through: ReadThroughSettings,
     /// Databases that values are loaded from, by the names that
@@ -153,6 +156,7 @@ impl Default for Config {
             journal: JournalSettings::default(),
             killed: false,
             executor: None,
+            load_executor: None,
             read_through: ReadThroughSettings::default(),
             databases: BTreeMap::new(),
             groups: BTreeMap::new(),

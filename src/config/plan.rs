@@ -135,6 +135,7 @@ impl Config {
             }
         };
         stays("executor", self.executor == next.executor)?;
+        stays("load_executor", self.load_executor == next.load_executor)?;
         stays("ring", self.ring == next.ring)?;
         stays("connections", self.connections == next.connections)?;
         let same_size = self.max_value_size == next.max_value_size;

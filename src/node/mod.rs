@@ -215,7 +215,7 @@ impl<S> Node<S> {
         S::Future: Send,
     {
         settings.validate()?;
-        let spawner = executor.start()?;
+        let spawner = executor.start()?.for_node();
         let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
         let probed = service.clone();
         let shared = Arc::new(Shared::new(Makings {

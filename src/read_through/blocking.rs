@@ -60,7 +60,8 @@ impl BlockingLoader {
     /// becomes the loader's value or error; a panic of it is an error as well.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) for zero threads.
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) for zero threads, or
+    /// a NUL in their name.
     pub fn new<F, V, E>(name: impl Into<String>, threads: usize, load: F) -> Result<Self>
     where
         F: Fn(&Key) -> Result<Option<V>, E> + Send + Sync + 'static,
@@ -71,6 +72,12 @@ impl BlockingLoader {
             return Err(Error::configuration("a blocking loader without threads"));
         }
         let threads = threads.min(Semaphore::MAX_PERMITS);
+        let name = name.into();
+        if name.contains('\0') {
+            return Err(Error::configuration(
+                "a NUL in the name of a blocking loader's threads",
+            ));
+        }
         let runtime = Builder::new_current_thread()
             .max_blocking_threads(threads)
             .thread_name(name)
@@ -239,6 +246,8 @@ mod tests {
     fn without_threads_it_is_a_configuration_error() {
         let none = BlockingLoader::new("none", 0, |_: &Key| Ok::<Option<&str>, BoxError>(None));
         assert_eq!(none.unwrap_err().kind(), ErrorKind::InvalidConfiguration);
+        let nul = BlockingLoader::new("a\0b", 1, |_: &Key| Ok::<Option<&str>, BoxError>(None));
+        assert_eq!(nul.unwrap_err().kind(), ErrorKind::InvalidConfiguration);
         assert!(
             BlockingLoader::new("many", usize::MAX, |_: &Key| {
                 Ok::<Option<&str>, BoxError>(None)

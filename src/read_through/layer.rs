@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use tokio::time::Instant;
 use tower::{Layer, Service};
 
-use super::engine::{Cache, Engine, Query};
+use super::engine::{Cache, Engine, Means, Query};
 use super::loads::shared;
 use super::settings::ReadThroughSettings;
 use crate::error::{BoxError, Error, Result};
@@ -124,15 +124,26 @@ impl<L: Loader> ReadThroughLayer<L> {
         Ok(self)
     }
 
-    /// Where loads run, and what they load is put back; the runtime of whoever asks by default, so
-    /// that outside of every runtime there has to be one. It must not be the client's: a loader that
-    /// blocks would block all I/O.
+    /// Where loads run, and what they load is put back; the runtime of whoever asks by default, so that
+    /// outside of every runtime there has to be one. By default that is not where the client's I/O is, and
+    /// a loader that blocks makes none of it late.
+    ///
+    /// The threads of a [dedicated](Executor::dedicated) one are for loads alone, even if the same is
+    /// given to the client: a load takes whichever is free, and with all of them blocked reads that hit
+    /// go on as before, while those that miss end in time. A [handle](Executor::handle) of the runtime
+    /// that has the client's I/O, or [`Executor::current`] for both, is no bulkhead: a loader that
+    /// blocks there blocks I/O. For drivers that block there is
+    /// [`BlockingLoader`](super::BlockingLoader), which never does.
+    ///
+    /// The number of loads is the [guard's](super::LoadGuard) to limit. While threads that are all
+    /// blocked keep loads from getting that far, 16,384 may wait for a thread; more fail at once with
+    /// [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded).
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if its threads
     /// cannot be started.
     pub fn executor(mut self, executor: &Executor) -> Result<Self> {
-        self.spawner = Some(executor.start()?);
+        self.spawner = Some(executor.start_for_loads()?);
         Ok(self)
     }
 }
@@ -145,8 +156,11 @@ impl<S, L: Loader> Layer<S> for ReadThroughLayer<L> {
             inner,
             engine: Engine::new(
                 self.settings.clone(),
-                self.spawner.clone(),
-                Tracker::current(),
+                Means {
+                    spawner: self.spawner.clone(),
+                    behind: self.spawner.clone(),
+                    tracker: Tracker::current(),
+                },
             ),
             layer: self.clone(),
         }

@@ -10,7 +10,9 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use super::Loader;
-use super::engine::{Cache, Engine, Led, Loaded, Query, Settled, Terms, Wanted, lost, out_of_time};
+use super::engine::{
+    Cache, Engine, Led, Loaded, Query, Settled, Terms, Wanted, lost, out_of_time, too_many,
+};
 use crate::error::Error;
 use crate::executor::{Spawner, until};
 use crate::key::Key;
@@ -80,7 +82,8 @@ where
     ) -> Vec<Settled> {
         let wanted: Vec<_> = led.iter().map(Led::wanted).collect();
         let task = match self.spawn(engine, query, led, terms) {
-            Ok(task) => task,
+            Ok(Some(task)) => task,
+            Ok(None) => return all_fail(wanted, &too_many()),
             Err(led) => return engine.lead(query, led, terms, &mut self.load).await,
         };
         match until(engine.spawner(), terms.ends, task).await {
@@ -108,14 +111,14 @@ where
     }
 
     /// Leads on a task, where that can be: what it loads is put back even if the caller's time is up
-    /// before.
+    /// before. `None` if there are as many such tasks as may be.
     fn spawn<S: Cache>(
         &self,
         engine: &Arc<Engine>,
         query: &Query<S>,
         led: Vec<Led>,
         terms: Terms,
-    ) -> Result<JoinHandle<Vec<Settled>>, Vec<Led>> {
+    ) -> Result<Option<JoinHandle<Vec<Settled>>>, Vec<Led>> {
         let Some(tasks) = &self.tasks else {
             return Err(led);
         };
@@ -126,6 +129,9 @@ where
         let Some(runtime) = runtime else {
             return Err(led);
         };
+        let Some(permit) = engine.begin_task() else {
+            return Ok(None);
+        };
         let (engine, query, load) = (engine.clone(), query.clone(), tasks.load.clone());
         let terms = Terms {
             ends: engine.load_ends(),
@@ -133,14 +139,15 @@ where
             ..terms
         };
         let counted = engine.tracker().count(Work::Load);
-        Ok(runtime.spawn(async move {
+        Ok(Some(runtime.spawn(async move {
+            let _permit = permit;
             let wanted: Vec<_> = led.iter().map(Led::wanted).collect();
             let mut load = |keys| load(keys);
             let leading = engine.lead(&query, led, terms, &mut load);
             let settled = engine.tracker().unless_closed(leading).await;
             drop(counted);
             settled.unwrap_or_else(|| all_fail(wanted, &shut_down()))
-        }))
+        })))
     }
 }
 

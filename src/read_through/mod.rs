@@ -28,7 +28,7 @@ mod settings;
 
 pub use blocking::BlockingLoader;
 pub use engine::Cache;
-pub(crate) use engine::{Engine, Query};
+pub(crate) use engine::{Engine, Means, Query};
 pub use guard::{LoadGuard, LoadLimits, LoadStatus, LoadsShed};
 pub use layer::{Loader, ReadThrough, ReadThroughLayer};
 pub(crate) use loads::Loads;

@@ -122,9 +122,9 @@ impl Engine {
     /// The placeholder of a lease is ours. Unless it is used, it is removed, so that others need not
     /// wait for it to expire.
     fn hold<S: Cache>(&self, query: &Query<S>, led: &Led, token: CasToken, away: Away) -> Claim {
-        let (spawner, releases) = (self.spawner.clone(), self.releases.clone());
+        let (spawner, releases) = (self.means.behind.clone(), self.releases.clone());
         let (query, key) = (query.clone(), led.wanted.key.clone());
-        let counted = self.tracker.count(Work::Lease);
+        let counted = self.means.tracker.count(Work::Lease);
         led.seat.hold(token, move || {
             let request = refill(removal(key, token));
             // If it is not, it expires.
@@ -165,7 +165,10 @@ impl Engine {
             let due = after(now, pause.mul_f64(0.5 + fastrand::f64())).min(waits_until);
             pause = (pause * 2).min(LONGEST_PAUSE);
             let pending = std::future::pending::<()>();
-            if until(self.spawner.as_ref(), due, pending).await.is_err() {
+            if until(self.means.spawner.as_ref(), due, pending)
+                .await
+                .is_err()
+            {
                 break;
             }
             let by = after(Instant::now(), query.timeout).min(terms.ends);

@@ -42,7 +42,7 @@ impl Engine {
         if ready.is_empty() {
             return Vec::new();
         }
-        let spawner = self.spawner.as_ref();
+        let spawner = self.means.spawner.as_ref();
         let begun = ready.iter().map(|(led, _)| led.seat.loads()).max();
         if let Some(pause) = self.pause_before(begun.unwrap_or_default()) {
             let due = after(Instant::now(), pause).min(terms.ends);
@@ -72,9 +72,9 @@ impl Engine {
         let keys = ready.iter().map(|(led, _)| led.wanted.key.clone());
         let keys: Vec<Key> = keys.collect();
         // As a task it is counted already.
-        let own = (!terms.on_task).then(|| self.tracker.count(Work::OwnLoad));
+        let own = (!terms.on_task).then(|| self.means.tracker.count(Work::OwnLoad));
         // A loader may panic when it is called, polled, or dropped because its time is up.
-        let work = self.tracker.unless_closed(async { load(keys).await });
+        let work = self.means.tracker.unless_closed(async { load(keys).await });
         let work = until(spawner, terms.ends, work);
         let worked = AssertUnwindSafe(work).catch_unwind().await;
         drop(own);
@@ -109,7 +109,7 @@ impl Engine {
         Fut: Future<Output = Result<T, E>>,
         E: Into<BoxError>,
     {
-        let spawner = self.spawner.as_ref();
+        let spawner = self.means.spawner.as_ref();
         let ends = self.load_ends();
         let permit = self.guard().enter(Patience::Until(ends), spawner).await?;
         let begun = Instant::now();

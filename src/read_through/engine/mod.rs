@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::future::{join, join_all};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tower::Service;
 
@@ -72,15 +72,25 @@ pub(crate) struct Engine {
     guard: LoadGuard,
     flights: Flights,
     elsewhere: Elsewhere,
-    /// Where what is put back is written; the caller's runtime if there is none.
-    spawner: Option<Spawner>,
+    means: Means,
     refills: Arc<Semaphore>,
     /// Leases that are given up, which takes little, and lets others go on.
     releases: Arc<Semaphore>,
+    /// Shared loaders' tasks.
+    tasks: Arc<Semaphore>,
     /// What a load has lately taken, in nanoseconds.
     cost: AtomicU64,
+}
+
+/// What an engine works with.
+#[derive(Clone, Default)]
+pub(crate) struct Means {
+    /// Has the timers of callers outside of every runtime.
+    pub(crate) spawner: Option<Spawner>,
+    /// Where what is put back is written; the caller's runtime if there is none.
+    pub(crate) behind: Option<Spawner>,
     /// What all engines of a client have under way.
-    tracker: Arc<Tracker>,
+    pub(crate) tracker: Arc<Tracker>,
 }
 
 /// One call: what is asked, and when it has to be answered.
@@ -215,59 +225,47 @@ pub(crate) struct Terms {
 /// How many leases may be given up at once. What exceeds it is left to expire.
 const RELEASES: usize = 16 * 1024;
 
+/// How many tasks of shared loaders there may be. The guard counts only those that run, and a
+/// runtime whose threads are all blocked runs none.
+const TASKS: usize = 16 * 1024;
+
 /// How many keys of one call are looked up at once.
 const LOOKUPS: usize = 64;
 
 impl Engine {
-    pub(crate) fn new(
-        settings: ReadThroughSettings,
-        spawner: Option<Spawner>,
-        tracker: Arc<Tracker>,
-    ) -> Arc<Self> {
-        Self::of(settings, spawner, Flights::default(), tracker)
+    pub(crate) fn new(settings: ReadThroughSettings, means: Means) -> Arc<Self> {
+        Self::of(settings, means, Flights::default())
     }
 
-    fn of(
-        settings: ReadThroughSettings,
-        spawner: Option<Spawner>,
-        flights: Flights,
-        tracker: Arc<Tracker>,
-    ) -> Arc<Self> {
+    fn of(settings: ReadThroughSettings, means: Means, flights: Flights) -> Arc<Self> {
         let permits = settings.max_refills.min(Semaphore::MAX_PERMITS);
         Arc::new(Self {
             refills: Arc::new(Semaphore::new(permits)),
             releases: Arc::new(Semaphore::new(RELEASES)),
+            tasks: Arc::new(Semaphore::new(TASKS)),
             elsewhere: Elsewhere::new(settings.lease_duration()),
             guard: settings.guard.clone().unwrap_or_default(),
             settings,
             flights,
-            spawner,
+            means,
             cost: AtomicU64::new(0),
-            tracker,
         })
     }
 
     /// The same for other keys, such as a group's.
     pub(crate) fn again(&self) -> Arc<Self> {
         let settings = self.settings.clone().guarded_by(|| self.guard.clone());
-        let tracker = self.tracker.clone();
-        Self::new(settings, self.spawner.clone(), tracker)
+        Self::new(settings, self.means.clone())
     }
 
     /// Another way to load the same keys: what one of the two invalidates the other does not put
     /// back.
     pub(crate) fn with_settings(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        let tracker = self.tracker.clone();
-        Self::of(
-            settings,
-            self.spawner.clone(),
-            self.flights.clone(),
-            tracker,
-        )
+        Self::of(settings, self.means.clone(), self.flights.clone())
     }
 
     pub(crate) fn tracker(&self) -> &Arc<Tracker> {
-        &self.tracker
+        &self.means.tracker
     }
 
     pub(crate) fn guard(&self) -> &LoadGuard {
@@ -275,7 +273,12 @@ impl Engine {
     }
 
     pub(super) fn spawner(&self) -> Option<&Spawner> {
-        self.spawner.as_ref()
+        self.means.spawner.as_ref()
+    }
+
+    /// Counts a shared loader's task until that is dropped; `None` if there are as many as may be.
+    pub(super) fn begin_task(&self) -> Option<OwnedSemaphorePermit> {
+        self.tasks.clone().try_acquire_owned().ok()
     }
 
     /// When a load that begins to wait now has to end.
@@ -297,7 +300,7 @@ impl Engine {
     pub(crate) async fn forget(&self, key: &Key, by: Instant) {
         if let Some(flight) = self.flights.outdate(key) {
             // Without a runtime there is no time to be kept, and nothing is put back behind anybody.
-            let _ = until(self.spawner.as_ref(), by, flight.refilled()).await;
+            let _ = until(self.means.spawner.as_ref(), by, flight.refilled()).await;
         }
     }
 
@@ -409,7 +412,7 @@ impl Engine {
         by: Instant,
     ) -> Result<Response> {
         let request = request.with_deadline(by);
-        let spawner = self.spawner.as_ref();
+        let spawner = self.means.spawner.as_ref();
         Call::new(query.cache.clone(), request, query.timeout, spawner).await
     }
 
@@ -512,7 +515,7 @@ impl Engine {
                 false => self.refresh(query, wanted, terms, loads).await,
             }
         };
-        match self.tracker.unless_closed(settling).await {
+        match self.means.tracker.unless_closed(settling).await {
             Some(settled) => settled,
             None => all_fail(abandoned, &shut_down()),
         }
@@ -590,7 +593,7 @@ impl Engine {
             // Nobody is waited for who may wait for what is led here: that has ended.
             let mut aboard = aboard.into_iter();
             for (one, seat) in aboard.by_ref() {
-                let turn = match until(self.spawner.as_ref(), terms.ends, seat.turn()).await {
+                let turn = match until(self.means.spawner.as_ref(), terms.ends, seat.turn()).await {
                     Ok(Some(turn)) => turn,
                     Ok(None) => {
                         settled.push(one.conclude(Err(out_of_time())));
@@ -703,6 +706,11 @@ fn failed(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {
 
 pub(super) fn out_of_time() -> Error {
     failed("no value in time, while somebody else loads")
+}
+
+pub(super) fn too_many() -> Error {
+    let message = "as many loads are under way as may be";
+    Error::new(ErrorKind::Overloaded, message).with_sent(Sent::No)
 }
 
 /// Of a load whose task has ended with its runtime.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::Instant;
 
 use super::{Cache, Engine, Fill, Query};
+use crate::call::Call;
 use crate::error::Result;
-use crate::executor::{Spawner, after};
+use crate::executor::Spawner;
 use crate::key::Key;
 use crate::read_through::flight::Seat;
 use crate::request::{Operation, Purpose, Request, StoreMode};
@@ -36,9 +36,9 @@ impl Engine {
             }
             return seat.land();
         };
-        let counted = self.tracker.count(Work::Refill);
-        let Some(behind) = Behind::new(self.spawner.clone(), &self.refills, counted) else {
-            self.tracker.refill_dropped();
+        let counted = self.means.tracker.count(Work::Refill);
+        let Some(behind) = Behind::new(self.means.behind.clone(), &self.refills, counted) else {
+            self.means.tracker.refill_dropped();
             telemetry::refill("dropped");
             return seat.land();
         };
@@ -113,11 +113,11 @@ impl Engine {
 }
 
 impl<S: Cache> Query<S> {
-    /// Writes to the cache, in an operation's time of its own; whether it was stored.
+    /// Writes to the cache, in an operation's time of its own; whether it was stored. A layer that
+    /// never answers would otherwise keep the client alive for ever.
     pub(super) async fn put(self, request: Request) -> Result<bool> {
-        let request = request.with_deadline(after(Instant::now(), self.timeout));
         Ok(matches!(
-            request.ask(self.cache).await?,
+            Call::new(self.cache, request, self.timeout, None).await?,
             Response::Swapped(CasOutcome::Stored) | Response::Stored(true)
         ))
     }

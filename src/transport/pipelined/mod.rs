@@ -236,7 +236,7 @@ impl Pipelined {
             address,
             settings,
             connector,
-            spawner: executor.start()?,
+            spawner: executor.start()?.for_node(),
             observer: None,
         };
         Ok(Self::from_parts(parts))
