@@ -8,6 +8,8 @@ mod failure_modes;
 mod fallback;
 mod health;
 mod interleavings;
+#[cfg(target_os = "linux")]
+mod isolation;
 mod layers;
 mod lifecycle;
 mod operations;

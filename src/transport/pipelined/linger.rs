@@ -58,11 +58,11 @@ impl Lingering {
         drop(tokio::spawn(self.until_it_ends(closing)));
     }
 
-    async fn until_it_ends(mut self, mut closing: watch::Receiver<()>) {
+    async fn until_it_ends(mut self, mut closing: watch::Receiver<bool>) {
         let ended = {
             let ended = std::pin::pin!(drained(&mut self.stream));
             let given_up = std::pin::pin!(sleep(LONGEST));
-            let no_more = std::pin::pin!(closing.changed());
+            let no_more = std::pin::pin!(closing.wait_for(|&closing| closing));
             match select(ended, select(given_up, no_more)).await {
                 Either::Left((ended, _)) => ended,
                 Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),

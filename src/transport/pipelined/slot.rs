@@ -59,8 +59,8 @@ pub(super) struct Node {
     dead: AtomicUsize,
     /// How many connections [linger](Lingering).
     pub(super) lingering: AtomicUsize,
-    /// Told when the last handle is dropped, or the client shut down.
-    pub(super) closing: watch::Sender<()>,
+    /// True when the last handle is dropped, or the client shut down.
+    pub(super) closing: watch::Sender<bool>,
 }
 
 /// One connection's place.
@@ -293,7 +293,7 @@ impl Pool {
                 up: AtomicUsize::new(0),
                 dead: AtomicUsize::new(0),
                 lingering: AtomicUsize::new(0),
-                closing: watch::Sender::new(()),
+                closing: watch::Sender::new(false),
             }),
             spawner: parts.spawner,
             next: AtomicUsize::new(0),
@@ -363,7 +363,7 @@ impl Pool {
     }
 
     pub(super) fn close(&self) {
-        self.node.closing.send_replace(());
+        self.node.closing.send_replace(true);
         for slot in &self.node.slots {
             let mut woken = Vec::new();
             let mut state = slot.lock();
