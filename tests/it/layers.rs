@@ -2,21 +2,24 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use tokio::time::Instant;
 use tower::limit::ConcurrencyLimitLayer;
 use tower::load_shed::LoadShedLayer;
 use tower::timeout::TimeoutLayer;
 use tower::util::MapRequestLayer;
-use tower::{BoxError, ServiceBuilder, ServiceExt as _, service_fn};
+use tower::{BoxError, Layer as _, ServiceBuilder, ServiceExt as _, service_fn};
 use tower_memcached::{
-    BoxedService, Client, Cluster, ClusterSettings, Error, ErrorKind, Executor, FailureMode,
-    GroupLayer, Key, KillSwitch, Loader, Node, NodeLayer, NodeSettings, NodeSpec, Operation,
-    Payload, Pipelined, PipelinedSettings, ReadThroughLayer, Request, Response, SystemConnector,
-    Ttl, Value,
+    BoxedService, BreakerState, BulkheadLayer, Client, Cluster, ClusterSettings, Error, ErrorKind,
+    Executor, FailureMode, GroupLayer, Key, KillSwitch, Loader, Node, NodeLayer, NodeSettings,
+    NodeSpec, Operation, Payload, Pipelined, PipelinedSettings, ReadThroughLayer, Request,
+    Response, Sent, SystemConnector, Ttl, Value,
 };
 
-use crate::support::{addresses, eventually, patient, server, servers};
+use crate::support::{addresses, eventually, keys_of, patient, server, servers, state};
 
 fn is_send_and_sync<T: Clone + Send + Sync + 'static>(_: &T) {}
 
@@ -327,4 +330,144 @@ async fn a_shared_loader_under_a_whole_stack() {
         std::error::Error::source(&error).unwrap().to_string(),
         "no such table"
     );
+}
+
+/// A service that answers each request once it is told to.
+#[derive(Clone, Default)]
+struct OneByOne {
+    asked: Arc<AtomicUsize>,
+    may_answer: Arc<tokio::sync::Notify>,
+}
+
+impl tower::Service<Request> for OneByOne {
+    type Response = Response;
+    type Error = Error;
+    type Future = futures::future::BoxFuture<'static, Result<Response, Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request) -> Self::Future {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let may_answer = self.may_answer.clone();
+        Box::pin(async move {
+            may_answer.notified().await;
+            Ok(Response::Value(None))
+        })
+    }
+}
+
+fn get() -> Request {
+    Request::new(Operation::Get {
+        key: Key::new("k").unwrap(),
+        with_cas: false,
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_groups_requests_wait_in_its_queue_within_its_deadline_and_their_own() {
+    let below = OneByOne::default();
+    let limits = GroupLayer::new("users").max_in_flight(1).max_queue(2);
+    let group = limits.clone().layer(below.clone());
+    let call = |request| tokio::spawn(group.clone().oneshot(request));
+
+    // They have their turn one after the other.
+    let calls = [call(get()), call(get()), call(get())];
+    tokio::task::yield_now().await;
+    let error = call(get()).await.unwrap().unwrap_err();
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (ErrorKind::Overloaded, Sent::No)
+    );
+    assert_eq!(
+        error.to_string(),
+        "overloaded: the group \"users\" has all the requests it may have"
+    );
+    for (answered, call) in calls.into_iter().enumerate() {
+        assert_eq!(below.asked.load(Ordering::Relaxed), answered + 1);
+        below.may_answer.notify_one();
+        assert!(call.await.unwrap().is_ok());
+        tokio::task::yield_now().await;
+    }
+
+    // Until the bound of the queue, the group's deadline, or the request's.
+    let ms = Duration::from_millis;
+    let patient = limits.clone().max_wait(Duration::MAX);
+    let far = Duration::from_secs(3600);
+    for (group, time_left, bound) in [
+        (limits.clone(), far, ms(50)),
+        (limits.clone().max_wait(ms(7)), far, ms(7)),
+        (patient.clone().timeout(ms(20)), far, ms(20)),
+        (patient, ms(30), ms(30)),
+    ] {
+        let group = group.layer(below.clone());
+        let mut inside = Box::pin(group.clone().oneshot(get()));
+        assert!((&mut inside).now_or_never().is_none());
+        let begun = Instant::now();
+        let request = get().with_deadline(begun + time_left);
+        let error = group.oneshot(request).await.unwrap_err();
+        assert_eq!(begun.elapsed(), bound);
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (ErrorKind::Overloaded, Sent::No)
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_in_a_groups_queue_is_not_sent_once_the_kill_switch_is_thrown() {
+    let below = OneByOne::default();
+    let switch = KillSwitch::default();
+    let group = GroupLayer::new("users")
+        .max_in_flight(1)
+        .max_queue(9)
+        .kill_switch(switch.clone())
+        .layer(below.clone());
+    let call = |request| tokio::spawn(group.clone().oneshot(request));
+    let inside = call(get());
+    let waits = [call(get()), call(get())];
+    tokio::task::yield_now().await;
+    switch.throw();
+    below.may_answer.notify_one();
+    assert!(inside.await.unwrap().is_ok(), "it was sent before");
+    for call in waits {
+        let error = call.await.unwrap().unwrap_err();
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (ErrorKind::Disabled, Sent::No)
+        );
+    }
+    assert_eq!(below.asked.load(Ordering::Relaxed), 1);
+    switch.reset();
+    below.may_answer.notify_one();
+    assert!(call(get()).await.unwrap().is_ok(), "the place came back");
+}
+
+#[tokio::test]
+async fn a_bulkhead_fits_around_the_client_and_around_a_node() {
+    let servers = servers(2).await;
+    let client = patient(&servers)
+        .layer(BulkheadLayer::new(2).name("all"))
+        .node_layer(BulkheadLayer::new(1).name("one node"))
+        .build()
+        .unwrap();
+    is_send_and_sync(&client);
+    let keys = keys_of(&servers, 0, 2);
+    client.set(&keys[0], "v", Ttl::NEVER).await.unwrap();
+    assert_eq!(client.get(&keys[0]).await.unwrap().unwrap(), "v");
+
+    servers[0].stall();
+    let get = |key: &Key| {
+        let (client, key) = (client.clone(), key.clone());
+        tokio::spawn(async move { client.get(&key).await })
+    };
+    let first = get(&keys[0]);
+    eventually("it has been asked", || client.nodes()[0].in_flight == 1).await;
+    let error = get(&keys[1]).await.unwrap().unwrap_err();
+    assert!(error.is_overloaded(), "{error}");
+    assert!(error.to_string().contains("the bulkhead \"one node\""));
+    assert_eq!(state(&client, 0), BreakerState::Closed);
+    servers[0].resume();
+    assert_eq!(first.await.unwrap().unwrap().unwrap(), "v");
 }
