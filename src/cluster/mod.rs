@@ -14,7 +14,7 @@ mod shutdown;
 mod topology;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -164,6 +164,8 @@ pub(crate) struct GroupRoute {
 /// Nodes, and where keys belong among them.
 struct Pool<S> {
     topology: ArcSwap<Topology<S>>,
+    /// Held while it is being replaced.
+    replacing: Mutex<()>,
     ring: Ring,
     factory: NodeFactory<S>,
     /// Told whenever a node's state changes, or the nodes do, of any pool of the cluster.
@@ -208,6 +210,7 @@ impl<S> Pool<S> {
             .collect();
         Self {
             topology: ArcSwap::from_pointee(Topology::new(&ring, members)),
+            replacing: Mutex::default(),
             ring,
             factory,
             changes,
@@ -231,38 +234,44 @@ impl<S> Pool<S> {
 
 impl<S: Clone> Pool<S> {
     fn set_nodes(&self, specs: &[NodeSpec]) {
-        let make = |current: &Arc<Topology<S>>| {
-            let member = |spec: &NodeSpec| {
-                let mut known = current.members().iter();
-                let known = known.find(|known| {
-                    known.spec.name == spec.name && known.spec.address == spec.address
-                });
-                let make = || {
+        let (before, after) = {
+            let replacing = self.replacing.lock();
+            let _replacing = replacing.unwrap_or_else(PoisonError::into_inner);
+            let current = self.topology.load_full();
+            if current.is_made_of(specs) {
+                return;
+            }
+            let member = |spec: &NodeSpec| Member {
+                node: Self::known(&current, spec).unwrap_or_else(|| {
                     let node = (self.factory)(spec);
+                    if let Some(book) = current.book_of(&spec.address) {
+                        node.shared().take_over(book);
+                    }
                     node.report_to(&self.changes);
                     node
-                };
-                Member {
-                    node: known.map_or_else(make, |known| known.node.clone()),
-                    spec: spec.clone(),
-                }
+                }),
+                spec: spec.clone(),
             };
-            Topology::new(&self.ring, specs.iter().map(member).collect())
+            let members = specs.iter().map(member).collect();
+            let next = Arc::new(current.followed_by(&self.ring, members));
+            (self.topology.swap(next.clone()), next)
         };
-        let before = self.topology.rcu(make);
-        let after = self.topology.load();
         for member in before.members() {
             let id = member.node.shared().id();
-            if !after
-                .members()
-                .iter()
-                .any(|kept| kept.node.shared().id() == id)
-            {
-                // Those who wait for it go where their keys belong now.
-                member.node.shared().call_back();
+            let mut kept = after.members().iter();
+            if !kept.any(|kept| kept.node.shared().id() == id) {
+                member.node.shared().retire();
             }
         }
         self.changes.send_replace(());
+    }
+
+    /// The node that stays.
+    fn known(current: &Topology<S>, spec: &NodeSpec) -> Option<Node<S>> {
+        let mut members = current.members().iter();
+        let known = members
+            .find(|known| known.spec.name == spec.name && known.spec.address == spec.address);
+        known.map(|known| known.node.clone())
     }
 }
 
@@ -384,9 +393,11 @@ impl<S> Cluster<S> {
         }
     }
 
-    /// The same for every node.
+    /// The same for every node; those that come later are made with them.
     pub(crate) fn apply_to_nodes(&self, node: &NodeSettings, transport: &PipelinedSettings) {
         for pool in self.pools() {
+            let replacing = pool.replacing.lock();
+            let _replacing = replacing.unwrap_or_else(PoisonError::into_inner);
             for member in pool.topology.load().members() {
                 let (node, transport) = (node.clone(), transport.clone());
                 member.node.shared().apply(node, transport);
@@ -599,7 +610,7 @@ impl<S> Shared<S> {
         tries: &mut Tries,
     ) -> After {
         use ErrorKind::{
-            ConnectionFailed, ConnectionLost, Layer, NodeUnavailable, Protocol, Timeout,
+            ConnectionFailed, ConnectionLost, Layer, NodeUnavailable, Protocol, Shutdown, Timeout,
             Unresponsive,
         };
         tries.sent = tries.sent.max(error.sent());
@@ -607,6 +618,10 @@ impl<S> Shared<S> {
         let kind = error.kind();
         if node.is_closed() {
             return After::GiveUp;
+        }
+        if node.is_retired() && unsent && matches!(kind, NodeUnavailable | Shutdown) {
+            // It was not asked, and will not be: the request goes where its key belongs now.
+            return After::Wait(Some(Duration::ZERO));
         }
         let failed_there = matches!(
             kind,

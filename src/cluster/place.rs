@@ -122,7 +122,7 @@ impl<S> Shared<S> {
         let home = topology.home(errand.key);
         let standing = standing(home, errand.key);
         if standing == Standing::Good {
-            self.forget_behind(&topology, errand, home);
+            self.forget_elsewhere(&topology, errand, home);
             return Placed::At(start(home, Origin::Home));
         }
         // Nobody may ask it for a long time, so whether it is seen to is looked to here.
@@ -169,7 +169,7 @@ impl<S> Shared<S> {
                 unavailable("what it has for this key is old, and being deleted")
             }
             Standing::Good | Standing::Deferred | Standing::Outdated => {
-                self.forget_behind(&topology, errand, home);
+                self.forget_elsewhere(&topology, errand, home);
                 Placed::At(start(home, Origin::Home))
             }
         }
@@ -196,7 +196,7 @@ impl<S> Shared<S> {
             if paid && !self.pay(home.shared()) {
                 return None;
             }
-            self.forget_behind(&topology, errand, home);
+            self.forget_elsewhere(&topology, errand, home);
             return Some(start(home, Origin::Home));
         }
         let refuge = self.refuge(&topology, errand, &tries.spent)?;
@@ -241,7 +241,7 @@ impl<S> Shared<S> {
                 node.shared().outdate(key, Reason::Outdated);
             }
         }
-        self.forget_behind(topology, errand, refuge);
+        self.forget_elsewhere(topology, errand, refuge);
     }
 
     /// What has been written on a node that is not its key's home lives from now on.
@@ -259,10 +259,15 @@ impl<S> Shared<S> {
         }
     }
 
-    /// The nodes behind `node` on the key's way that may have answered for it lately: in the next
-    /// outage they must not answer with what they got in the last one.
-    fn forget_behind(&self, topology: &Topology<S>, errand: Errand<'_>, node: &Node<S>) {
-        if !errand.changes() || !node.shared().may_be_elsewhere(errand.key) {
+    /// The nodes besides `node` that may have answered for the key lately: those that it went to
+    /// when there were others, and those behind it on its way, for in the next outage they must not
+    /// answer with what they got in the last one.
+    fn forget_elsewhere(&self, topology: &Topology<S>, errand: Errand<'_>, node: &Node<S>) {
+        if !errand.changes() {
+            return;
+        }
+        topology.outdate_former(errand.key, node.shared());
+        if !node.shared().may_be_elsewhere(errand.key) {
             return;
         }
         let behind = topology.sequence(errand.key);
@@ -287,7 +292,7 @@ impl<S> Shared<S> {
         if errand.written().is_some() {
             let home = topology.home(errand.key);
             home.shared().outdate(errand.key, Reason::Outdated);
-            self.forget_behind(topology, errand, home);
+            self.forget_elsewhere(topology, errand, home);
         }
     }
 }

@@ -228,6 +228,24 @@ impl Continuum {
         }
     }
 
+    /// Whether its points are those of `other`, with nodes that are the same.
+    pub(crate) fn is_same(&self, other: &Self, is_same: impl Fn(usize, usize) -> bool) -> bool {
+        let same_points = || {
+            let mut both = self.points.iter().zip(&other.points);
+            both.all(|(mine, theirs)| {
+                mine.hash == theirs.hash && is_same(mine.node as usize, theirs.node as usize)
+            })
+        };
+        let (count, others) = (self.points.len(), other.points.len());
+        // A ring of one node may have no points.
+        self.nodes == other.nodes
+            && count == others
+            && match count {
+                0 => (0..self.nodes).all(|node| is_same(node, node)),
+                _ => same_points(),
+            }
+    }
+
     fn owner(&self, hash: u32) -> usize {
         match self.points.get(self.successor(hash)) {
             Some(point) => point.node as usize,

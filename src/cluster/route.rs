@@ -213,7 +213,7 @@ impl Future for Wait {
         if node.is_closed() {
             return Poll::Ready(true);
         }
-        if *this.until_back && (called || !node.is_open()) {
+        if *this.until_back && (called || !node.is_open() || node.is_retired()) {
             *this.until_back = false;
             let now = Instant::now();
             let left = this.timer.deadline().saturating_duration_since(now);

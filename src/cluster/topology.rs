@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::ring::{Continuum, NodeName, Ring, RingNode};
 use crate::error::{Invalid, Result};
 use crate::key::Key;
-use crate::node::Node;
+use crate::node::{Book, Node, Reason, Shared as NodeShared};
 use crate::transport::Address;
 
 /// A node as it is configured: its name as the user wrote it, where that is, and its share of the
@@ -97,10 +97,16 @@ pub(crate) fn validate(specs: &[NodeSpec]) -> Result<(), Invalid> {
     Ok(())
 }
 
+/// How many former layouts are remembered.
+pub(super) const FORMERS: usize = 8;
+
 #[derive(Debug)]
 pub(super) struct Topology<S> {
     members: Box<[Member<S>]>,
-    continuum: Continuum,
+    layout: Layout,
+    /// Others that there were before, the latest first. What was written under these may still be
+    /// where it was written.
+    formers: Box<[Layout]>,
 }
 
 #[derive(Debug)]
@@ -111,13 +117,24 @@ pub(super) struct Member<S> {
 
 impl<S> Topology<S> {
     pub(super) fn new(ring: &Ring, members: Vec<Member<S>>) -> Self {
-        let nodes: Vec<_> = members
-            .iter()
-            .map(|member| member.spec.ring_node())
-            .collect();
         Self {
-            continuum: ring.build(&nodes),
+            layout: Layout::new(ring, &members),
             members: members.into(),
+            formers: Box::default(),
+        }
+    }
+
+    /// What comes after this one.
+    pub(super) fn followed_by(&self, ring: &Ring, members: Vec<Member<S>>) -> Self {
+        let layout = Layout::new(ring, &members);
+        let formers = std::iter::once(&self.layout).chain(&self.formers);
+        let formers = formers
+            .map(Layout::up_to_date)
+            .filter(|former| !former.is_same(&layout));
+        Self {
+            formers: formers.take(FORMERS).collect(),
+            members: members.into(),
+            layout,
         }
     }
 
@@ -125,16 +142,47 @@ impl<S> Topology<S> {
         &self.members
     }
 
+    pub(super) fn is_made_of(&self, specs: &[NodeSpec]) -> bool {
+        let members = self.members.iter().map(|member| &member.spec);
+        members.eq(specs)
+    }
+
+    /// What is known of the server at `address`, if it is one of the nodes, or was lately.
+    pub(super) fn book_of(&self, address: &Address) -> Option<&Arc<Book>> {
+        let layouts = std::iter::once(&self.layout).chain(&self.formers);
+        let mut servers = layouts.flat_map(|layout| &layout.servers);
+        servers
+            .find(|server| server.address == *address)
+            .map(|server| &server.book)
+    }
+
     /// The key's own node.
     pub(super) fn home(&self, key: &Key) -> &Node<S> {
-        &self.members[self.continuum.primary(key.as_bytes())].node
+        &self.members[self.layout.continuum.primary(key.as_bytes())].node
     }
 
     /// The nodes that a key goes to, one after the other: its home, and then wherever the ring goes
     /// on to when that is out.
     pub(super) fn sequence<'a>(&'a self, key: &'a Key) -> impl Iterator<Item = &'a Node<S>> {
-        let indexes = self.continuum.sequence(key.as_bytes());
+        let indexes = self.layout.continuum.sequence(key.as_bytes());
         indexes.map(|index| &self.members[index].node)
+    }
+
+    /// Of a key that is to be written at `node`, or nowhere: the servers that it went to when other
+    /// nodes were there must not answer with what they got then. These are its home in each former
+    /// layout and, if that was out lately, those after it.
+    pub(super) fn outdate_former(&self, key: &Key, node: &NodeShared) {
+        for former in &self.formers {
+            for index in former.continuum.sequence(key.as_bytes()) {
+                let book = &former.servers[index].book;
+                if !Arc::ptr_eq(book, node.book()) {
+                    book.outdate(key, Reason::Outdated);
+                }
+                if !book.may_be_elsewhere(key) {
+                    break;
+                }
+            }
+        }
     }
 
     /// Whether more nodes are out than others may stand in for.
@@ -142,5 +190,57 @@ impl<S> Topology<S> {
         let open = self.members.iter().filter(|member| member.node.is_open());
         let allowed = self.members.len() as u64 * u64::from(max_ejection_percent) / 100;
         open.count() as u64 > allowed
+    }
+}
+
+/// Which servers there are and what is whose.
+#[derive(Debug)]
+struct Layout {
+    continuum: Arc<Continuum>,
+    /// As the continuum counts them.
+    servers: Box<[Server]>,
+}
+
+#[derive(Clone, Debug)]
+struct Server {
+    address: Address,
+    book: Arc<Book>,
+}
+
+impl Layout {
+    fn new<S>(ring: &Ring, members: &[Member<S>]) -> Self {
+        let nodes: Vec<_> = members
+            .iter()
+            .map(|member| member.spec.ring_node())
+            .collect();
+        let server = |member: &Member<S>| Server {
+            address: member.spec.address.clone(),
+            book: member.node.shared().book().clone(),
+        };
+        Self {
+            continuum: Arc::new(ring.build(&nodes)),
+            servers: members.iter().map(server).collect(),
+        }
+    }
+
+    /// The same, with the books that are kept now.
+    fn up_to_date(&self) -> Self {
+        let server = |server: &Server| Server {
+            address: server.address.clone(),
+            book: server.book.current(),
+        };
+        Self {
+            continuum: self.continuum.clone(),
+            servers: self.servers.iter().map(server).collect(),
+        }
+    }
+
+    /// Whether every key has the same servers in the same order.
+    fn is_same(&self, other: &Self) -> bool {
+        let is_same = |mine: usize, theirs: usize| {
+            Arc::ptr_eq(&self.servers[mine].book, &other.servers[theirs].book)
+        };
+        self.servers.len() == other.servers.len()
+            && self.continuum.is_same(&other.continuum, is_same)
     }
 }

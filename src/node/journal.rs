@@ -58,6 +58,8 @@ struct Inner {
     /// [`due`](Entry::due), or not at all.
     agenda: BTreeMap<Due, Key>,
     overflowed: bool,
+    /// The server is none of the nodes now: nobody deletes anything there.
+    away: bool,
     /// Counts what happens to the keys.
     generation: u64,
 }
@@ -77,6 +79,13 @@ struct Entry {
     held: u32,
     /// Connections over which a write of it may still be executed.
     lingering: u32,
+}
+
+impl Entry {
+    /// Nothing of it may be executed late.
+    fn is_certain(&self) -> bool {
+        self.again == Again::No && self.lingering == 0
+    }
 }
 
 /// Whether a key is to be deleted a second time.
@@ -151,6 +160,10 @@ impl Journal {
 
     pub(super) fn record(&self, key: &Key, reason: Reason) -> Recorded {
         let mut inner = self.lock();
+        // Before it is asked again it is emptied.
+        if inner.away && inner.overflowed && reason == Reason::Outdated {
+            return Recorded::In { wake: false };
+        }
         let full = inner.keys.len() >= self.capacity;
         let generation = inner.count();
         match inner.keys.entry(key.clone()) {
@@ -176,6 +189,9 @@ impl Journal {
             }
             Place::Vacant(_) if full => {
                 let first = !std::mem::replace(&mut inner.overflowed, true);
+                if inner.away {
+                    self.forget_certain(&mut inner);
+                }
                 return Recorded::Overflow { first };
             }
             Place::Vacant(place) => {
@@ -316,7 +332,7 @@ impl Journal {
         }
         let mut inner = self.lock();
         let entry = inner.keys.get_mut(key)?;
-        if entry.again != Again::No || entry.lingering > 0 {
+        if !entry.is_certain() {
             return None;
         }
         entry.held += 1;
@@ -338,8 +354,7 @@ impl Journal {
             return false;
         }
         entry.held = entry.held.saturating_sub(1);
-        let certain = entry.again == Again::No && entry.lingering == 0;
-        if acknowledged && entry.generation == hold.generation && certain {
+        if acknowledged && entry.generation == hold.generation && entry.is_certain() {
             self.remove(&mut inner, key);
             return false;
         }
@@ -350,6 +365,50 @@ impl Journal {
         }
         inner.schedule(key, None);
         true
+    }
+
+    /// The server is no node any more, which may be for long.
+    pub(super) fn goes_away(&self) {
+        let mut inner = self.lock();
+        inner.away = true;
+        if inner.overflowed {
+            self.forget_certain(&mut inner);
+        }
+    }
+
+    /// Keeps the keys in lasting doubt only: emptying the server will do for the others.
+    fn forget_certain(&self, inner: &mut Inner) {
+        let Inner { keys, agenda, .. } = inner;
+        keys.retain(|_, entry| {
+            let keep = !entry.is_certain() || entry.held > 0;
+            if let (false, Some(due)) = (keep, entry.due) {
+                agenda.remove(&due);
+            }
+            keep
+        });
+        keys.shrink_to_fit();
+        self.held.store(keys.len(), Ordering::Release);
+    }
+
+    /// Takes everything from the journal of a node that this one has taken the place of. What was
+    /// sent by that one may still be executed.
+    pub(super) fn take_over(&self, from: &Self) {
+        let (keys, overflowed) = {
+            let mut inner = from.lock();
+            inner.agenda.clear();
+            from.held.store(0, Ordering::Release);
+            (std::mem::take(&mut inner.keys), inner.overflowed)
+        };
+        for (key, entry) in keys {
+            let reason = match entry.is_certain() && entry.held == 0 {
+                true => Reason::Outdated,
+                false => Reason::InDoubt,
+            };
+            self.record(&key, reason);
+        }
+        if overflowed {
+            self.lock().overflowed = true;
+        }
     }
 
     /// It did not.

@@ -55,7 +55,11 @@ async fn keep(mut running: Running, wake: Arc<Notify>, mut in_use: watch::Receiv
             let Some(shared) = running.node.upgrade() else {
                 return;
             };
-            if !unless_unused(&shared, agenda.see_to(&shared)).await {
+            let used = unless_unused(&shared, agenda.see_to(&shared)).await;
+            if shared.is_retired() {
+                break;
+            }
+            if !used {
                 return;
             }
             agenda.due(&shared)
@@ -68,12 +72,29 @@ async fn keep(mut running: Running, wake: Arc<Notify>, mut in_use: watch::Receiv
             return;
         }
     }
+    see_off(&running.node).await;
+}
+
+/// Waits until what is under way at a node that was retired has ended, and disconnects it.
+async fn see_off(node: &Weak<Shared>) {
+    let mut pause = Duration::from_millis(1);
+    while let Some(shared) = node.upgrade() {
+        if shared.disconnect() {
+            return;
+        }
+        drop(shared);
+        sleep(pause).await;
+        pause = (pause * 2).min(LOOK_EVERY);
+    }
 }
 
 /// Does a round of work, unless nobody but us uses the node any more. Says whether it was done.
 async fn unless_unused(shared: &Arc<Shared>, work: impl Future<Output = ()>) -> bool {
     let mut work = std::pin::pin!(work);
     loop {
+        if shared.is_retired() {
+            return false;
+        }
         let look = std::pin::pin!(sleep(LOOK_EVERY));
         match select(work.as_mut(), look).await {
             Either::Left(_) => return true,
@@ -115,8 +136,6 @@ struct Agenda {
     ejections: u64,
     /// Probes in a row that failed while the node took requests.
     failures: u32,
-    /// Of the process that was there when it was last well.
-    birth: Option<Birth>,
 }
 
 impl Agenda {
@@ -129,7 +148,6 @@ impl Agenda {
             remake_at: after(now, REMADE_EVERY),
             ejections: 0,
             failures: 0,
-            birth: None,
         }
     }
 
@@ -193,8 +211,8 @@ impl Agenda {
         match probe(shared, &shared.asker, shared.canary_size).await {
             Probed::Ready => {
                 self.failures = 0;
-                if self.birth.is_none() {
-                    self.birth = birth(shared).await.ok().flatten();
+                if shared.book.known_birth().is_none() {
+                    shared.book.set_birth(birth(shared).await.ok().flatten());
                 }
             }
             Probed::Unknown => {}
@@ -244,7 +262,7 @@ impl Agenda {
             }
         }
         shared.readmit();
-        self.birth = None;
+        shared.book.set_birth(None);
         // In between, when it was still out.
         if shared.owes_a_flush() {
             shared.open(EjectionCause::Journal, &journal_overflowed());
@@ -273,12 +291,13 @@ impl Agenda {
     /// Whether the server is another process than before the outage: then it holds nothing old.
     async fn restarted(&self, shared: &Arc<Shared>) -> Result<bool> {
         let now = birth(shared).await?;
-        Ok(matches!((&self.birth, now), (Some(before), Some(now)) if *before != now))
+        let before = shared.book.known_birth();
+        Ok(before.zip(now).is_some_and(|(before, now)| before != now))
     }
 }
 
 /// What tells one process of the server from another: its number and when it was started.
-type Birth = (String, u64);
+pub(super) type Birth = (String, u64);
 
 async fn birth(shared: &Arc<Shared>) -> Result<Option<Birth>> {
     let stats = within(shared, (shared.asker)(Request::new(Operation::Stats))).await?;

@@ -44,9 +44,34 @@ impl Leftovers {
     pub(super) fn leave(&self, key: &Key, lifetime: Duration) {
         let now = Instant::now();
         let until = after(now, lifetime.saturating_add(SLACK));
+        self.insert(key.fixed_hash(), until, now);
+    }
+
+    /// What is left of the keys of a node that this one has taken the place of.
+    pub(super) fn take_over(&self, from: &Self) {
+        let now = Instant::now();
+        let (until, any_until) = {
+            let inner = from.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            (inner.until.clone(), inner.any_until)
+        };
+        for (hash, until) in until.into_iter().filter(|(_, until)| *until > now) {
+            self.insert(hash, until, now);
+        }
+        if let Some(until) = any_until {
+            self.extend(until);
+            let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            inner.any_until = inner.any_until.max(Some(until));
+        }
+    }
+
+    fn extend(&self, until: Instant) {
         let millis = until.saturating_duration_since(self.began).as_millis();
         let millis = u64::try_from(millis).unwrap_or(u64::MAX);
         self.latest.fetch_max(millis, Ordering::AcqRel);
+    }
+
+    fn insert(&self, hash: u64, until: Instant, now: Instant) {
+        self.extend(until);
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if inner.until.len() >= self.capacity {
             inner.until.retain(|_, until| *until > now);
@@ -55,7 +80,7 @@ impl Leftovers {
             inner.any_until = inner.any_until.max(Some(until));
             return;
         }
-        inner.until.insert(key.fixed_hash(), until);
+        inner.until.insert(hash, until);
     }
 
     /// Whether something of that key may be elsewhere.

@@ -13,6 +13,7 @@
 //! The [`keeper`] is the node's one task: it [`probe`]s, readmits, and deletes what the
 //! [`journal`] names.
 
+mod book;
 mod classifier;
 mod gate;
 #[cfg(test)]
@@ -40,6 +41,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
 use tower::{Layer, Service};
 
+pub(crate) use book::Book;
 pub(crate) use gate::Admission;
 pub use gate::BreakerState;
 use journal::Hold;
@@ -217,6 +219,7 @@ impl<S> Node<S> {
         settings.validate()?;
         let spawner = executor.start()?.for_node();
         let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
+        let book = Arc::new(Book::new(settings.journal.capacity));
         let probed = service.clone();
         let shared = Arc::new(Shared::new(Makings {
             name: name.into(),
@@ -227,6 +230,7 @@ impl<S> Node<S> {
             spawner,
             transport: None,
             times_attempts: true,
+            book,
         }));
         Ok(Self::kept(shared, service))
     }
@@ -254,11 +258,13 @@ impl<S> Node<S> {
         };
         let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
         let policy = Arc::new(policy);
+        let book = Arc::new(Book::new(settings.journal.capacity));
         let (name, spawner) = (parts.name.clone(), parts.spawner.clone());
         let mut transport = None;
         let shared = Arc::new_cyclic(|weak: &Weak<Shared>| {
             let watch = Watch {
                 node: weak.clone(),
+                book: book.clone(),
                 policy: policy.clone(),
             };
             let made = Pipelined::from_parts(Parts {
@@ -275,6 +281,7 @@ impl<S> Node<S> {
                 spawner,
                 transport: Some(made),
                 times_attempts,
+                book,
             })
         });
         match transport {
@@ -285,6 +292,7 @@ impl<S> Node<S> {
 
     /// Its keeper starts with it, unless the runtime is still to be found.
     fn kept(shared: Arc<Shared>, service: S) -> Self {
+        shared.book.belongs_to(&shared);
         if shared.spawner.knows_its_runtime() {
             shared.ensure_kept();
         }
@@ -428,7 +436,10 @@ where
             match this.step.as_mut().project() {
                 StepProjection::Waiting { service, request } => {
                     if this.entered.is_none() {
-                        if let Err(error) = shared.enter(request.origin(), this.asked) {
+                        let entered = shared
+                            .still_there()
+                            .and_then(|()| shared.enter(request.origin(), this.asked));
+                        if let Err(error) = entered {
                             shared.refused(this.asked, &error);
                             return Poll::Ready(Err(error));
                         }
@@ -442,7 +453,10 @@ where
                             break Poll::Pending;
                         }
                     }
-                    // It may have opened while the request waited.
+                    // It may have been retired or opened while the request waited.
+                    if let Err(error) = shared.still_there() {
+                        break Poll::Ready(Err(error));
+                    }
                     if shared.is_open() {
                         break Poll::Ready(Err(shared.unavailable()));
                     }

@@ -10,6 +10,7 @@ use tokio::sync::futures::OwnedNotified;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use super::book::Book;
 use super::classifier::Verdict;
 use super::gate::{Admission, BreakerState, Gate, Moment};
 use super::journal::{Journal, Reason, Recorded};
@@ -20,7 +21,7 @@ use super::probe::{self, Asker, CANARY_SIZE};
 use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, keeper};
 use crate::bulkhead::Limit;
 use crate::error::{Error, ErrorKind, Result, Sent};
-use crate::executor::Spawner;
+use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
 use crate::request::{Origin, Request};
 use crate::response::Response;
@@ -42,7 +43,7 @@ pub(crate) struct Shared {
     pub(super) settings: ArcSwap<NodeSettings>,
     pub(super) gate: Gate<Instant, Cause>,
     policy: Arc<Policy>,
-    pub(super) journal: Journal,
+    pub(super) journal: Arc<Journal>,
     pub(super) latencies: Latencies,
     pub(super) meters: NodeMeters,
     /// Nobody waits for a place.
@@ -54,8 +55,9 @@ pub(crate) struct Shared {
     ejections: AtomicU64,
     changed_at: Mutex<SystemTime>,
     changes: OnceLock<watch::Sender<()>>,
-    leftovers: Leftovers,
-    flush_wanted: AtomicBool,
+    leftovers: Arc<Leftovers>,
+    /// What outlives it of these, and of its server.
+    pub(super) book: Arc<Book>,
     /// Asks it over the connections that requests use.
     pub(super) asker: Asker,
     fresh: Fresh,
@@ -71,6 +73,8 @@ pub(crate) struct Shared {
     pub(super) in_use: watch::Sender<()>,
     /// The client is shut down.
     closed: AtomicBool,
+    /// Since when it is none of the cluster's nodes any more.
+    retired: OnceLock<Instant>,
     pub(super) spawner: Spawner,
     /// Where it is known: it judges its connections itself.
     pub(super) transport: Option<Pipelined>,
@@ -91,6 +95,7 @@ pub(super) struct Makings {
     pub(super) spawner: Spawner,
     pub(super) transport: Option<Pipelined>,
     pub(super) times_attempts: bool,
+    pub(super) book: Arc<Book>,
 }
 
 impl Shared {
@@ -105,12 +110,13 @@ impl Shared {
             spawner,
             transport,
             times_attempts,
+            book,
         } = makings;
         Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             gate: Gate::new(settings.gate()),
             policy,
-            journal: Journal::new(settings.journal.capacity),
+            journal: book.journal.clone(),
             latencies: Latencies::default(),
             meters: NodeMeters::new(&name, &Verdict::OUTCOMES),
             places: Limit::new(settings.max_in_flight, 0),
@@ -119,8 +125,8 @@ impl Shared {
             ejections: AtomicU64::new(0),
             changed_at: Mutex::new(SystemTime::now()),
             changes: OnceLock::new(),
-            leftovers: Leftovers::new(settings.journal.capacity),
-            flush_wanted: AtomicBool::new(false),
+            leftovers: book.leftovers.clone(),
+            book,
             asker,
             fresh,
             canary: probe::canary_key(),
@@ -133,6 +139,7 @@ impl Shared {
             back: Arc::new(Notify::new()),
             in_use: watch::Sender::new(()),
             closed: AtomicBool::new(false),
+            retired: OnceLock::new(),
             spawner,
             transport,
             times_attempts,
@@ -190,7 +197,12 @@ impl Shared {
 
     /// What it has for a key is not to be used from now on, until it has been deleted there.
     pub(crate) fn outdate(self: &Arc<Self>, key: &Key, reason: Reason) {
-        match self.journal.record(key, reason) {
+        self.book.outdate(key, reason);
+    }
+
+    /// Sees to what has come of an entry in its journal.
+    pub(super) fn heed(self: &Arc<Self>, recorded: Recorded) {
+        match recorded {
             Recorded::In { wake } => {
                 if wake {
                     self.wake.notify_one();
@@ -278,6 +290,9 @@ impl Shared {
     }
 
     fn show_state(&self) {
+        if self.is_retired() {
+            return;
+        }
         let state = match self.gate.state() {
             BreakerState::Closed => 0,
             BreakerState::Ramping => 1,
@@ -288,6 +303,9 @@ impl Shared {
     }
 
     pub(super) fn show_levels(&self) {
+        if self.is_retired() {
+            return;
+        }
         self.show_state();
         self.meters.set(Level::InFlight, self.in_flight());
         self.meters.set(Level::JournalKeys, self.journal.len());
@@ -324,7 +342,7 @@ impl Shared {
 
     /// Ejects the node.
     pub(super) fn open(self: &Arc<Self>, cause: EjectionCause, error: &Error) {
-        if self.gate.is_shut() {
+        if self.gate.is_shut() || self.is_retired() {
             return;
         }
         self.say_unavailable(error);
@@ -380,16 +398,16 @@ impl Shared {
 
     /// One was asked for while the node was out: it is made up for before it is readmitted.
     pub(super) fn flush_wanted(&self) -> bool {
-        self.flush_wanted.load(Ordering::Acquire)
+        self.book.flush_wanted()
     }
 
     pub(super) fn want_flush(&self) {
-        self.flush_wanted.store(true, Ordering::Release);
+        self.book.want_flush(true);
     }
 
     /// What comes before it is flushed is made up for; what comes after asks for another flush.
     pub(super) fn flush_begins(&self) {
-        self.flush_wanted.store(false, Ordering::Release);
+        self.book.want_flush(false);
         self.journal.flushed();
     }
 
@@ -404,7 +422,10 @@ impl Shared {
 
     /// One keeper, started again should it ever die.
     pub(crate) fn ensure_kept(self: &Arc<Self>) {
-        if self.kept.load(Ordering::Acquire) || self.closed.load(Ordering::Acquire) {
+        if self.kept.load(Ordering::Acquire)
+            || self.closed.load(Ordering::Acquire)
+            || self.is_retired()
+        {
             return;
         }
         if !self.kept.swap(true, Ordering::AcqRel) && keeper::spawn(self).is_err() {
@@ -424,6 +445,83 @@ impl Shared {
         if let Some(transport) = &self.transport {
             transport.close();
         }
+    }
+
+    /// Whether it is none of the cluster's nodes any more.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.get().is_some()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::NodeUnavailable`], unsent, if it is none of the cluster's nodes any more.
+    pub(super) fn still_there(&self) -> Result<()> {
+        match self.is_retired() {
+            true => Err(self.gone()),
+            false => Ok(()),
+        }
+    }
+
+    fn gone(&self) -> Error {
+        let message = "it is none of the nodes any more";
+        Error::new(ErrorKind::NodeUnavailable, message).at_node(&self.name)
+    }
+
+    /// It is none of the cluster's nodes any more, and takes no more requests. Those it has been
+    /// sent end there; all others, and those who wait for it, go where their keys belong now. Then
+    /// its keeper disconnects it, after an attempt's time at the latest.
+    pub(crate) fn retire(self: &Arc<Self>) {
+        self.ensure_kept();
+        if self.retired.set(Instant::now()).is_err() {
+            return;
+        }
+        self.journal.goes_away();
+        self.meters.clear();
+        if let Some(transport) = &self.transport {
+            transport.retire(&self.gone());
+            if !self.kept.load(Ordering::Acquire) {
+                // Where there is no runtime, nothing is under way.
+                transport.close();
+            }
+        }
+        self.call_back();
+        self.wake.notify_one();
+    }
+
+    /// Closes the connections of a node that has been retired, if nothing is under way there any
+    /// more, or nothing should be. Says whether it has.
+    pub(super) fn disconnect(&self) -> bool {
+        let idle = self.in_flight() == 0;
+        let overdue = self.retired.get().is_some_and(|since| {
+            let attempt = self
+                .settings
+                .load()
+                .attempt_timeout
+                .saturating_add(LATE * 2);
+            Instant::now() >= after(*since, attempt)
+        });
+        if !idle && !overdue {
+            return false;
+        }
+        // Once more, for the keeper may just have set them.
+        self.meters.clear();
+        if let Some(transport) = &self.transport {
+            transport.close();
+        }
+        true
+    }
+
+    /// It is the node of that book's server from now on, and is not asked before what must be seen
+    /// to first has been.
+    pub(crate) fn take_over(self: &Arc<Self>, book: &Arc<Book>) {
+        book.moves_to(&self.book);
+        if self.owes_a_flush() {
+            self.open(EjectionCause::Journal, &keeper::journal_overflowed());
+        }
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn book(&self) -> &Arc<Book> {
+        &self.book
     }
 
     /// How long a probe may take: to connect, to write and to read. Without a transport that says
@@ -610,13 +708,18 @@ impl Shared {
 impl Drop for Shared {
     /// A gauge that nobody sets any more would show the last for ever.
     fn drop(&mut self) {
-        self.meters.clear();
+        // By now another node may have its name.
+        if !self.is_retired() {
+            self.meters.clear();
+        }
     }
 }
 
 /// What the transport says of its connections.
 pub(super) struct Watch {
     pub(super) node: Weak<Shared>,
+    /// What is in doubt is told even when the node is gone.
+    pub(super) book: Arc<Book>,
     pub(super) policy: Arc<Policy>,
 }
 
@@ -630,9 +733,28 @@ impl Observer for Watch {
     }
 
     fn observe(&self, event: &Event<'_>) {
-        let Some(shared) = self.node.upgrade() else {
-            return;
-        };
+        match event {
+            Event::InDoubt { keys, lingers } => {
+                let reason = match lingers {
+                    true => Reason::Lingering,
+                    false => Reason::InDoubt,
+                };
+                for key in *keys {
+                    self.book.outdate(key, reason);
+                }
+            }
+            Event::DoubtEnds { keys, certain } => self.book.lingered(keys, *certain),
+            judged => {
+                if let Some(shared) = self.node.upgrade() {
+                    self.judge(&shared, judged);
+                }
+            }
+        }
+    }
+}
+
+impl Watch {
+    fn judge(&self, shared: &Arc<Shared>, event: &Event<'_>) {
         match event {
             // While other connections answer, a dial that fails does not condemn the node.
             Event::ConnectFailed {
@@ -665,24 +787,7 @@ impl Observer for Watch {
                     shared.trip(trip, None);
                 }
             }
-            Event::InDoubt { keys, lingers } => {
-                let reason = match lingers {
-                    true => Reason::Lingering,
-                    false => Reason::InDoubt,
-                };
-                for key in *keys {
-                    shared.outdate(key, reason);
-                }
-            }
-            Event::DoubtEnds { keys, certain } => {
-                let mut wake = false;
-                for key in *keys {
-                    wake |= shared.journal.lingered(key, *certain);
-                }
-                if wake {
-                    shared.wake.notify_one();
-                }
-            }
+            Event::InDoubt { .. } | Event::DoubtEnds { .. } => {}
         }
     }
 }

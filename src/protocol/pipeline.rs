@@ -442,6 +442,14 @@ impl<W> Pipeline<W> {
         (waiter, written)
     }
 
+    /// The keys of the writes that are unanswered and that nobody waits for any more.
+    pub(crate) fn abandoned(&self) -> Vec<Key> {
+        let in_flight = self.requests.iter().take(self.in_flight);
+        let left = in_flight.filter(|entry| entry.claim.is_none());
+        left.filter_map(|entry| entry.written.as_deref().cloned())
+            .collect()
+    }
+
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome
     /// if there is one after all, else a time-out that is charged to nobody and tells whether the
     /// request was sent; and its waiter, whose drop may run anything. Uses the ticket up.

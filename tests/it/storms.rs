@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
-use tower_memcached::{BreakerSettings, FailureMode, Outcome, ProbeSettings, Ttl};
+use tower_memcached::testing::Server;
+use tower_memcached::{BreakerSettings, FailureMode, NodeSpec, Outcome, ProbeSettings, Ttl};
 
 use crate::support::{patient, servers};
 
@@ -35,6 +36,18 @@ fn another() -> u64 {
 /// One writer a key, versions that only grow, random faults: no read older than what was
 /// acknowledged before it began.
 async fn storm(mode: FailureMode, connections: usize, drops: bool, nodes: usize, seed: u64) {
+    stormy(mode, connections, drops, nodes, false, seed).await;
+}
+
+/// The same, and whether nodes come, go and get other weights meanwhile, too.
+async fn stormy(
+    mode: FailureMode,
+    connections: usize,
+    drops: bool,
+    nodes: usize,
+    changing: bool,
+    seed: u64,
+) {
     let servers = servers(nodes).await;
     let client = patient(&servers)
         .failure_mode(mode)
@@ -175,6 +188,13 @@ async fn storm(mode: FailureMode, connections: usize, drops: bool, nodes: usize,
     let until = Instant::now() + Duration::from_secs(SECONDS);
     while Instant::now() < until && tasks.iter().all(|task| !task.is_finished()) {
         let server = &servers[next(nodes as u64) as usize];
+        if changing {
+            // Two changes between two looks at the faults: what is taken away comes back at once, too.
+            for _ in 0..1 + next(2) {
+                client.set_node_specs(some_of(&servers, &mut next)).unwrap();
+                sleep(ms(next(4) * next(20))).await;
+            }
+        }
         match next(8) {
             0 | 1 => server.stall(),
             2 => server.resume(),
@@ -196,6 +216,36 @@ async fn storm(mode: FailureMode, connections: usize, drops: bool, nodes: usize,
     for task in tasks {
         timeout(ms(20_000), task).await.expect("a hang").unwrap();
     }
+}
+
+/// Each with one chance in two, in any order, with any weight up to 3; at least one.
+fn some_of(servers: &[Server], next: &mut impl FnMut(u64) -> u64) -> Vec<NodeSpec> {
+    let mut specs = Vec::new();
+    let first = next(servers.len() as u64) as usize;
+    for place in (first..servers.len()).chain(0..first) {
+        if specs.is_empty() || next(2) == 0 {
+            let address = servers[place].address().unwrap().to_string();
+            let spec = NodeSpec::new(&address).unwrap();
+            let weight = if next(3) == 0 { 1 + next(3) } else { 1 };
+            specs.push(spec.with_weight(weight as u32));
+        }
+    }
+    specs
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_while_nodes_come_and_go() {
+    stormy(FailureMode::Redistribute, 1, true, 4, true, seed()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_over_several_connections_while_nodes_come_and_go() {
+    stormy(FailureMode::Redistribute, 3, true, 3, true, seed()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_with_retry_while_nodes_come_and_go() {
+    stormy(FailureMode::Retry, 1, true, 3, true, seed()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

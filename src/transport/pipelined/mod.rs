@@ -251,6 +251,12 @@ impl Pipelined {
         self.0.drain(error);
     }
 
+    /// Ends what is queued, which no one has been sent: the node is to be closed once it has answered
+    /// the rest.
+    pub(crate) fn retire(&self, error: &Error) {
+        self.0.retire(error);
+    }
+
     /// Lets broken connections be tried again at once: the node is known to answer.
     pub(crate) fn end_backoff(&self) {
         self.0.end_backoff();

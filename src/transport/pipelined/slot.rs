@@ -5,7 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::num::NonZeroU32;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use super::linger::Lingering;
 use super::{Event, Observer, PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
+use crate::key::Key;
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
@@ -57,6 +58,8 @@ pub(super) struct Node {
     up: AtomicUsize,
     /// How many slots are [dead](State::dead).
     dead: AtomicUsize,
+    /// Requests may go to the same server over connections that are none of these.
+    retired: AtomicBool,
     /// How many connections [linger](Lingering).
     pub(super) lingering: AtomicUsize,
     /// True when the last handle is dropped, or the client shut down.
@@ -181,6 +184,16 @@ impl Node {
         }
     }
 
+    /// These may be executed after what is written later.
+    fn in_doubt(&self, keys: &[Key]) {
+        if !keys.is_empty() {
+            self.report(&Event::InDoubt {
+                keys,
+                lingers: false,
+            });
+        }
+    }
+
     pub(super) fn answered(&self, requests: u32, now: Instant) {
         if let Some(observer) = &self.observer {
             observer.answered(requests, now);
@@ -292,6 +305,7 @@ impl Pool {
                 newest: AtomicU32::new(0),
                 up: AtomicUsize::new(0),
                 dead: AtomicUsize::new(0),
+                retired: AtomicBool::new(false),
                 lingering: AtomicUsize::new(0),
                 closing: watch::Sender::new(false),
             }),
@@ -349,6 +363,19 @@ impl Pool {
             state.pipeline.fail_queued(error, &mut woken);
             drop(state);
             woken.into_iter().chain(task).for_each(Waker::wake);
+        }
+    }
+
+    pub(super) fn retire(&self, error: &Error) {
+        self.node.retired.store(true, Ordering::Release);
+        for slot in &self.node.slots {
+            let mut woken = Vec::new();
+            let mut state = slot.lock();
+            state.pipeline.fail_queued(error, &mut woken);
+            let keys = state.pipeline.abandoned();
+            drop(state);
+            self.node.in_doubt(&keys);
+            woken.into_iter().for_each(Waker::wake);
         }
     }
 
@@ -647,11 +674,9 @@ impl Drop for Waiting {
             drop(state);
             drop(waker);
             // Over one connection a later write comes later; over another one it may not.
-            if let Some(key) = unanswered.filter(|_| node.slots.len() > 1) {
-                node.report(&Event::InDoubt {
-                    keys: &[key],
-                    lingers: false,
-                });
+            let several = node.slots.len() > 1 || node.retired.load(Ordering::Acquire);
+            if let Some(key) = unanswered.filter(|_| several) {
+                node.in_doubt(&[key]);
             }
         }
     }

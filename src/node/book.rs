@@ -1,0 +1,175 @@
+//! What must not be forgotten of a server for as long as it may be asked again, whether or not it is
+//! one of the nodes now.
+//!
+//! A node has a book. Taken out of the list it leaves its book behind, which goes on being kept
+//! ([`Book::outdate`]) while a former list of nodes is remembered that the server was in; should the
+//! server be in the list again, its new node [takes over](Book::moves_to) what is written there.
+//! Whoever holds the old book then writes into the new one.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::Shared;
+use super::journal::{Journal, Reason};
+use super::keeper::Birth;
+use super::leftovers::Leftovers;
+use crate::key::Key;
+
+pub(crate) struct Book {
+    pub(super) journal: Arc<Journal>,
+    pub(super) leftovers: Arc<Leftovers>,
+    flush_wanted: AtomicBool,
+    /// The process of the server that was there when it was last well.
+    birth: Mutex<Option<Birth>>,
+    place: Mutex<Place>,
+}
+
+/// Who sees to what is written here.
+enum Place {
+    /// This node, while there is one.
+    Here(Weak<Shared>),
+    /// The node of that book.
+    Moved(Arc<Book>),
+}
+
+impl Book {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self {
+            journal: Arc::new(Journal::new(capacity)),
+            leftovers: Arc::new(Leftovers::new(capacity)),
+            flush_wanted: AtomicBool::new(false),
+            birth: Mutex::default(),
+            place: Mutex::new(Place::Here(Weak::new())),
+        }
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn moved(&self) -> Option<Arc<Self>> {
+        match &*self.place() {
+            Place::Here(_) => None,
+            Place::Moved(to) => Some(to.clone()),
+        }
+    }
+
+    /// The book that has taken its place, or itself.
+    pub(crate) fn current(self: &Arc<Self>) -> Arc<Self> {
+        let mut book = self.clone();
+        while let Some(next) = book.moved() {
+            book = next;
+        }
+        book
+    }
+
+    /// It is that node's.
+    pub(super) fn belongs_to(&self, node: &Arc<Shared>) {
+        *self.place() = Place::Here(Arc::downgrade(node));
+    }
+
+    /// Does something where the book is now, which it does not leave meanwhile, and hands what comes
+    /// of it to its node, if there is one.
+    fn here<T>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> T,
+        then: impl FnOnce(&Arc<Shared>, T),
+    ) {
+        let mut book = self.clone();
+        loop {
+            let place = book.place();
+            let next = match &*place {
+                Place::Moved(to) => to.clone(),
+                Place::Here(node) => {
+                    let node = node.upgrade();
+                    let done = work(&book);
+                    drop(place);
+                    if let Some(node) = node {
+                        then(&node, done);
+                    }
+                    return;
+                }
+            };
+            drop(place);
+            book = next;
+        }
+    }
+
+    /// What the server has for a key is not to be used from now on, until it has been deleted there.
+    pub(crate) fn outdate(self: &Arc<Self>, key: &Key, reason: Reason) {
+        self.here(
+            |book| book.journal.record(key, reason),
+            |node, recorded| node.heed(recorded),
+        );
+    }
+
+    /// A [lingering](Reason::Lingering) doubt has ended.
+    pub(super) fn lingered(self: &Arc<Self>, keys: &[Key], certain: bool) {
+        let ended = |book: &Self| {
+            let mut wake = false;
+            for key in keys {
+                wake |= book.journal.lingered(key, certain);
+            }
+            wake
+        };
+        self.here(ended, |node, wake| {
+            if wake {
+                node.wake.notify_one();
+            }
+        });
+    }
+
+    /// Whether another server may still have what it got of that key.
+    pub(crate) fn may_be_elsewhere(self: &Arc<Self>, key: &Key) -> bool {
+        self.current().leftovers.may_hold(key)
+    }
+
+    pub(super) fn flush_wanted(&self) -> bool {
+        self.flush_wanted.load(Ordering::Acquire)
+    }
+
+    pub(super) fn want_flush(&self, wanted: bool) {
+        self.flush_wanted.store(wanted, Ordering::Release);
+    }
+
+    fn birth(&self) -> MutexGuard<'_, Option<Birth>> {
+        self.birth.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn known_birth(&self) -> Option<Birth> {
+        self.birth().clone()
+    }
+
+    pub(super) fn set_birth(&self, birth: Option<Birth>) {
+        *self.birth() = birth;
+    }
+
+    /// All of it is `to`'s from now on. Only one may be at it at a time.
+    pub(super) fn moves_to(self: &Arc<Self>, to: &Arc<Self>) {
+        let book = self.current();
+        if Arc::ptr_eq(&book, to) {
+            return;
+        }
+        let mut place = book.place();
+        to.journal.take_over(&book.journal);
+        to.leftovers.take_over(&book.leftovers);
+        if book.flush_wanted() {
+            to.want_flush(true);
+        }
+        // It tells whether the server has been restarted since what is not known any more was
+        // written; for what comes later it would be an old one.
+        if to.journal.has_overflowed() {
+            to.set_birth(book.known_birth());
+        }
+        *place = Place::Moved(to.clone());
+    }
+}
+
+impl fmt::Debug for Book {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Book")
+            .field("journal", &self.journal.len())
+            .finish_non_exhaustive()
+    }
+}
