@@ -15,6 +15,7 @@ mod lifecycle;
 mod operations;
 mod read_through;
 mod real_memcached;
+mod shutdown;
 mod sockets;
 mod staleness;
 mod storms;
