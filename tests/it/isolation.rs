@@ -10,13 +10,14 @@ use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::Instant;
 use tower::Service;
 use tower_memcached::testing::Server;
 use tower_memcached::{
     Address, BlockingLoader, BoxStream, BreakerState, Client, ClientBuilder, Connecting, Connector,
-    Executor, Key, Loader, Operation, Payload, ProbeSettings, ReadThroughLayer, Request,
+    ErrorKind, Executor, Key, Loader, Operation, Payload, ProbeSettings, ReadThroughLayer, Request,
     SystemConnector, Ttl,
 };
 
@@ -423,6 +424,84 @@ fn a_layer_that_blocks_behind_the_answer_makes_no_io_late_with_an_executor_for_i
     until("it is put back", || servers[0].peek("k").is_some());
 }
 
+#[test]
+fn threads_that_are_all_blocked_are_given_only_so_many_loads() {
+    const MOST: usize = 16 * 1024;
+    let (elsewhere, application) = (elsewhere(), Application::start());
+    let servers = elsewhere.block_on(servers(1));
+    let gate = Gate::default();
+    gate.set(true);
+    let layer = ReadThroughLayer::new(gate.clone(), Ttl::secs(60));
+    let layer = layer.executor(&Executor::dedicated("few", 1)).unwrap();
+    let client = client(&servers, Executor::dedicated("many", 1));
+    // Half of it is for the cache.
+    let client = client.timeout(ms(1_000)).attempt_timeout(ms(400));
+    let client = client.layer(layer).build().unwrap();
+    let asked = AtomicUsize::new(0);
+    let all_refused = |count: usize| {
+        let from = asked.fetch_add(count, Ordering::Relaxed);
+        let gets = (from..from + count).map(|n| {
+            let client = client.clone();
+            application
+                .0
+                .spawn(async move { client.get(n.to_string()).await })
+        });
+        let gets: Vec<_> = gets.collect();
+        let ended = elsewhere.block_on(futures::future::join_all(gets));
+        let mut kinds = ended
+            .into_iter()
+            .map(|get| get.unwrap().unwrap_err().kind());
+        kinds.all(|kind| kind == ErrorKind::Overloaded)
+    };
+    for _ in 0..4 {
+        assert!(!all_refused(MOST / 4), "there was room");
+    }
+    // Their callers have long gone; they have not.
+    until("more are refused", || all_refused(500));
+    gate.set(false);
+    let loaded = || futures::executor::block_on(client.get("new")).is_ok_and(|v| v.is_some());
+    until("there is room again", loaded);
+}
+
+/// A layer that never answers what is put back.
+#[derive(Clone)]
+struct KeepsRefills<S>(S);
+
+impl<S> Service<Request> for KeepsRefills<S>
+where
+    S: Service<Request, Response: 'static, Error: 'static, Future: Send + 'static>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<S::Response, S::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        match request.operation() {
+            Operation::CompareAndSwap { .. } => Box::pin(pending()),
+            _ => Box::pin(self.0.call(request)),
+        }
+    }
+}
+
+#[test]
+fn a_layer_that_never_answers_does_not_keep_a_client_alive() {
+    let elsewhere = elsewhere();
+    let servers = elsewhere.block_on(servers(1));
+    let client = client(&servers, Executor::dedicated("kept", 1));
+    let client = client.layer(tower::layer::layer_fn(KeepsRefills));
+    let client = client.build().unwrap();
+    let load = || async { Ok::<_, std::io::Error>(Some("v")) };
+    let loaded = futures::executor::block_on(client.get_or_load("k", Ttl::secs(60), load));
+    assert_eq!(loaded.unwrap().unwrap(), "v");
+    assert_eq!(threads("kept"), 1);
+    drop_at_once(client);
+    until("its thread ends", || threads("kept") == 0);
+}
+
 /// A client with connections and a request that is not answered, which ends when its client does.
 struct InUse {
     servers: Vec<Server>,
@@ -545,7 +624,7 @@ fn the_last_client_is_dropped_while_its_own_runtime_shuts_down() {
         );
         until("its connections are closed", || open(&servers) == 0);
         let after = application.0.block_on(client.get("k")).unwrap_err();
-        assert_eq!(after.kind(), tower_memcached::ErrorKind::Shutdown);
+        assert_eq!(after.kind(), ErrorKind::Shutdown);
         application.0.block_on(async { drop_at_once(client) });
     }
 }

@@ -7,6 +7,7 @@ pub(crate) mod lateness;
 pub(crate) mod load;
 pub(crate) mod netns;
 pub(crate) mod raw;
+pub(crate) mod remains;
 pub(crate) mod report;
 
 use std::sync::{Mutex, PoisonError};
@@ -21,15 +22,26 @@ use tower_memcached::{BreakerState, Client, Key, NodeSpec, Payload, Ring, Ttl};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs a test with no other of this suite beside it: what it measures would be the other's doing, too. (With nextest
-/// each is a process of its own, and its configuration sees to that; with `cargo test` all are threads of one.)
+/// each is a process of its own, and its configuration sees to that; with `cargo test` all are threads of one.) When it is
+/// over its client has stopped its threads, and no thread, socket or other file descriptor is left of it.
 pub(crate) fn alone<T>(test: impl Future<Output = T>) -> T {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let runtime = Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
-        .build();
-    runtime.unwrap().block_on(test)
+        .build()
+        .unwrap();
+    // With the runtime, since the first one leaves its sockets for signals to all that follow.
+    let before = remains::Before::note();
+    let result = runtime.block_on(async {
+        let result = test.await;
+        remains::client_is_gone().await;
+        result
+    });
+    drop(runtime);
+    before.is_restored();
+    result
 }
 
 /// Whether the user has switched off what this environment variable names; says so if it is.
