@@ -245,8 +245,8 @@ pin_project! {
         Queued {
             ticket: Ticket,
             moment: Instant,
-            #[pin]
-            timer: Option<Sleep>,
+            // Boxed, since few wait, and all would have to carry it.
+            timer: Option<Pin<Box<Sleep>>>,
             service: S,
             request: R,
         },
@@ -300,21 +300,18 @@ where
                 StepProjection::Queued {
                     ticket,
                     moment,
-                    mut timer,
+                    timer,
                     ..
                 } => {
                     let Poll::Ready(place) = ticket.poll_turn(cx) else {
-                        let timer = match timer.as_mut().as_pin_mut() {
+                        let timer = match timer {
                             Some(timer) => timer,
                             None => match self::timer(None, *moment) {
-                                Ok(made) => {
-                                    timer.set(Some(made));
-                                    continue;
-                                }
+                                Ok(made) => timer.insert(Box::pin(made)),
                                 Err(error) => break Err(error),
                             },
                         };
-                        ready!(timer.poll(cx));
+                        ready!(timer.as_mut().poll(cx));
                         break Err(ticket.room().none_ended());
                     };
                     let StepReplacement::Queued {
