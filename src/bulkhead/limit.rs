@@ -63,7 +63,7 @@ impl State {
 
     fn with_limit(self, limit: usize) -> Self {
         let limit = u64::try_from(limit).unwrap_or(MOST).min(MOST);
-        Self(self.0 & (PLACE * MOST | WAITS) | limit << 32)
+        Self((self.0 & ((PLACE * MOST) | WAITS)) | (limit << 32))
     }
 
     /// Whether a place is free that somebody waits for.

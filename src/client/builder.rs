@@ -1,19 +1,20 @@
 //! The default stack, put together: the picture in the crate's documentation, as code.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tower::layer::util::{Identity, Stack};
 use tower::{Layer, Service};
 
+use super::reconfigure::{Declared, Guards, Live, Timeout};
 use super::{Client, Shared};
-use crate::cluster::{Cluster, FailureMode, NodeSpec, RetryBudget, Ring, View};
-use crate::config::{Config, ExecutorConfig, NodeConfig};
+use crate::cluster::{Cluster, Control, FailureMode, NodeSpec, RetryBudget, Ring, View};
+use crate::config::{Config, ExecutorConfig, GroupPlan, NodeConfig};
 use crate::error::{BoxError, Invalid, Result};
 use crate::executor::Executor;
-use crate::group::GroupSettings;
+use crate::group::{self, GroupSettings};
 use crate::node::{BreakerSettings, JournalSettings, Node, ProbeSettings};
 use crate::read_through::{Engine, LoadLimits, Means, ReadThroughSettings};
 use crate::request::Request;
@@ -358,9 +359,8 @@ impl<L, N> ClientBuilder<L, N> {
             config.read_through = config.read_through.load_timeout(timeout);
         }
         let plan = config.plan()?;
-        let Some(nodes) = plan.nodes else {
-            return Err(Invalid::new("nodes", "there are no nodes").into());
-        };
+        let no_nodes = || Invalid::new("nodes", "there are no nodes");
+        let nodes = plan.nodes.ok_or_else(no_nodes)?;
         let executor = self.executor.unwrap_or_else(|| {
             let executor = config.executor.as_ref();
             executor.map_or_else(Executor::default, ExecutorConfig::make)
@@ -389,29 +389,54 @@ impl<L, N> ClientBuilder<L, N> {
             };
             Node::over_transport(parts, node, &node_layer, times_attempts)
         };
-        let cluster = Cluster::from_factory(
-            plan.cluster,
-            nodes,
-            Vec::new(),
-            spawner.clone(),
-            Arc::new(factory),
-        )?;
+        let routes = plan.groups.iter().map(GroupPlan::route);
+        let (routes, factory) = (routes.collect(), Arc::new(factory));
+        let cluster = Cluster::from_factory(plan.cluster, nodes, routes, spawner.clone(), factory)?;
+        cluster.kill_switch().set(config.killed);
+
+        let guards = Guards::new(&config.databases)?;
         let tracker = Arc::<Tracker>::default();
-        let shared = Shared {
-            timeout: config.timeout,
-            reads: Engine::new(
-                config.read_through,
-                Means {
-                    spawner: Some(spawner.clone()),
-                    behind: Some(behind),
-                    tracker: tracker.clone(),
+        let means = Means {
+            spawner: Some(spawner.clone()),
+            behind: Some(behind),
+            tracker: tracker.clone(),
+        };
+        let reads = Engine::new(guards.resolve(&config.read_through), means);
+        let view = |route| -> Arc<dyn Control> {
+            let cluster = cluster.clone();
+            Arc::new(View { cluster, route })
+        };
+        let declared = |(group, route): (&GroupPlan, u32)| {
+            let (name, settings) = (group.name.clone(), &group.settings);
+            Declared {
+                reads: match &settings.read_through {
+                    Some(own) => reads.of_group(guards.resolve(own)),
+                    None => reads.of_group(guards.resolve(&config.read_through)),
                 },
-            ),
+                group: Arc::new(group::Shared::new(name.clone(), settings, route)),
+                cluster: view(route),
+                name,
+            }
+        };
+        let groups: Arc<[_]> = plan.groups.iter().zip(1..).map(declared).collect();
+        let parts = |declared: &Declared| (declared.group.clone(), declared.reads.clone());
+        let timeout = Arc::new(Timeout::new(config.timeout));
+        let shared = Shared {
+            timeout: timeout.clone(),
             spawner: Some(spawner),
-            cluster: Some(Arc::new(View {
+            cluster: Some(view(0)),
+            reads: reads.clone(),
+            kill_switch: Some(cluster.kill_switch().clone()),
+            live: Some(Arc::new(Live {
+                config: Mutex::new(config),
                 cluster: cluster.clone(),
-                route: 0,
+                nodes: live,
+                timeout,
+                reads,
+                groups: groups.iter().map(parts).collect(),
+                guards,
             })),
+            groups,
         };
         let service = tracker.layering(|| self.layer.layer(cluster));
         Ok(Client::assemble(service, shared))

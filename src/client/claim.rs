@@ -219,7 +219,7 @@ where
 
     /// The cache's answer, or why it has none.
     async fn try_claim(&self, key: Key, ttl: Ttl) -> Result<Result<Claim>> {
-        let ends = after(Instant::now(), self.shared.timeout);
+        let ends = after(Instant::now(), self.shared.timeout.get());
         // Tells our claim from any other.
         let token = format!("{:032x}", fastrand::u128(..));
         let claim = match self.add_claim(&key, &token, ttl, ends).await {

@@ -10,6 +10,7 @@ mod claim;
 mod events;
 mod multi_get;
 mod operations;
+mod reconfigure;
 mod shutdown;
 
 use std::fmt;
@@ -25,12 +26,16 @@ pub use builder::ClientBuilder;
 pub use claim::{Claim, OnFailure};
 pub use multi_get::{MultiGet, Outcome};
 
+use self::reconfigure::{Declared, Reconfigure, Timeout};
 use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
+use crate::config::Config;
 use crate::error::{BoxError, Error, Result};
 use crate::executor::{Spawner, after};
+use crate::group::{Group, GroupStatus};
+use crate::kill_switch::KillSwitch;
 use crate::node::NodeStatus;
-use crate::read_through::{Engine, Means, ReadThroughSettings};
+use crate::read_through::{Engine, LoadGuard, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::{Response, misfit};
 use crate::shutdown::shut_down;
@@ -75,10 +80,13 @@ pub struct Client<S = DefaultService> {
 }
 
 pub(crate) struct Shared {
-    timeout: Duration,
+    timeout: Arc<Timeout>,
     spawner: Option<Spawner>,
     cluster: Option<Arc<dyn Control>>,
     reads: Arc<Engine>,
+    kill_switch: Option<KillSwitch>,
+    groups: Arc<[Declared]>,
+    live: Option<Arc<dyn Reconfigure>>,
 }
 
 impl Client {
@@ -112,7 +120,7 @@ impl<S> Client<S> {
             return Err(Error::configuration("the timeout is zero"));
         }
         let shared = Shared {
-            timeout,
+            timeout: Arc::new(Timeout::new(timeout)),
             ..self.shared.again()
         };
         Ok(Self::assemble(self.service, shared))
@@ -143,6 +151,7 @@ impl<S> Client<S> {
         let shared = Shared {
             // The same key may mean something else behind the layer.
             reads: self.shared.reads.again(),
+            groups: self.shared.groups.iter().map(Declared::again).collect(),
             ..self.shared.again()
         };
         let tracker = self.shared.reads.tracker();
@@ -162,6 +171,104 @@ impl<S> Client<S> {
         Client {
             service: BoxCloneSyncService::new(service),
             shared: self.shared.clone(),
+        }
+    }
+
+    /// A functional group that was declared in the [builder](ClientBuilder::group): the same client for
+    /// its keys, within its limits. As cheap as a clone; all that are had by one name are the same group.
+    ///
+    /// A group's loads are its own: the same key read through the client and through the group is
+    /// loaded twice.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if there is none of that
+    /// name.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tower_memcached::{Client, FailureMode, GroupSettings};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), tower_memcached::Error> {
+    /// let sessions = GroupSettings::default()
+    ///     .prefix("session:")
+    ///     .timeout(Duration::from_millis(20))
+    ///     .max_in_flight(200)
+    ///     .failure_mode(FailureMode::Cancel);
+    /// let client = Client::builder()
+    ///     .nodes(["127.0.0.1"])
+    ///     .group("sessions", sessions)
+    ///     .build()?;
+    /// let sessions = client.group("sessions")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn group(&self, name: &str) -> Result<Client<Group<S>>>
+    where
+        S: Clone,
+    {
+        let mut groups = self.shared.groups.iter();
+        let Some(declared) = groups.find(|declared| declared.is(name)) else {
+            let message = format!("there is no group {name:?}");
+            return Err(Error::configuration(message));
+        };
+        let shared = Shared {
+            cluster: Some(declared.cluster.clone()),
+            reads: declared.reads.clone(),
+            kill_switch: Some(declared.group.kill_switch().clone()),
+            // Groups are not nested.
+            groups: Arc::new([]),
+            ..self.shared.again()
+        };
+        let service = Group::new(self.service.clone(), declared.group.clone());
+        Ok(Client::assemble(service, shared))
+    }
+
+    /// What each of the [declared](ClientBuilder::group) groups does now.
+    #[must_use]
+    pub fn groups(&self) -> Vec<GroupStatus> {
+        let groups = self.shared.groups.iter();
+        groups.map(|declared| declared.group.status()).collect()
+    }
+
+    /// Stops this client, its clones and all its groups from using the cache; of a
+    /// [`group`](Self::group), that group. `None` for a client made [`from_service`](Self::from_service).
+    #[must_use]
+    pub fn kill_switch(&self) -> Option<&KillSwitch> {
+        self.shared.kill_switch.as_ref()
+    }
+
+    /// The guard of a [database](ClientBuilder::database); `None` if there is none of that name.
+    #[must_use]
+    pub fn load_guard(&self, name: &str) -> Option<LoadGuard> {
+        self.shared.live.as_ref()?.load_guard(name)
+    }
+
+    /// Takes other settings, at once and for all clones and groups: time-outs, limits, rates, failure
+    /// modes, breakers, probes, kill switches, nodes and weights. Requests under way go on by those they
+    /// began with, and none is dropped; places in queues, breakers, journals, and what retry budgets and
+    /// unchanged rates have counted stay.
+    ///
+    /// Everything is as `config` says, the default where it says nothing; a kill switch that was thrown
+    /// by hand too. Only the nodes stay if it has none, and so do guards where it names no database.
+    /// Clients made by [`with_timeout`](Self::with_timeout) and
+    /// [`with_read_through`](Self::with_read_through) keep what they were made with, and so does a
+    /// [`ReadThroughLayer`](crate::ReadThroughLayer).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration), and everything stays as
+    /// it was: naming the setting that makes no sense, or the one that cannot be changed while the
+    /// client runs. Those are `executor`, `load_executor`, `ring`, `connections`, `max_value_size`,
+    /// `journal.capacity`, which groups and databases there are, and of a group the prefix and whether it
+    /// has nodes of its own. Also for a client made [`from_service`](Self::from_service).
+    /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once it is being [shut down](Self::shutdown).
+    pub fn reconfigure(&self, config: Config) -> Result<()> {
+        if self.shared.reads.tracker().refuses() {
+            return Err(shut_down());
+        }
+        match &self.shared.live {
+            Some(live) => live.reconfigure(config),
+            None => Err(Error::configuration("this client's service is not ours")),
         }
     }
 
@@ -231,10 +338,13 @@ impl Shared {
     /// The same once more, to be changed in part.
     fn again(&self) -> Self {
         Self {
-            timeout: self.timeout,
+            timeout: self.timeout.clone(),
             spawner: self.spawner.clone(),
             cluster: self.cluster.clone(),
             reads: self.reads.clone(),
+            kill_switch: self.kill_switch.clone(),
+            groups: self.groups.clone(),
+            live: self.live.clone(),
         }
     }
 }
@@ -242,10 +352,13 @@ impl Shared {
 impl Default for Shared {
     fn default() -> Self {
         Self {
-            timeout: Duration::from_millis(100),
+            timeout: Arc::new(Timeout::new(Duration::from_millis(100))),
             spawner: None,
             cluster: None,
             reads: Engine::new(ReadThroughSettings::default(), Means::default()),
+            kill_switch: None,
+            groups: Arc::new([]),
+            live: None,
         }
     }
 }
@@ -268,25 +381,26 @@ where
     /// A request, as part of an operation.
     async fn perform(&self, mut request: Request) -> Result<Response> {
         let shared = &*self.shared;
+        let timeout = shared.timeout.get();
         if request.operation().changes() {
             // What is being loaded for it is old now. That, too, has to be done by the deadline.
             let now = Instant::now();
-            request = request.with_deadline(after(now, shared.timeout));
-            let half = after(now, shared.timeout / 2);
+            request = request.with_deadline(after(now, timeout));
+            let half = after(now, timeout / 2);
             let by = request.deadline().map_or(half, |ends| ends.min(half));
             if let Some(key) = request.operation().key() {
                 shared.reads.forget(key, by).await;
             }
         }
         let spawner = shared.spawner.as_ref();
-        Call::new(self.service.clone(), request, shared.timeout, spawner).await
+        Call::new(self.service.clone(), request, timeout, spawner).await
     }
 }
 
 impl<S> fmt::Debug for Client<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
-            .field("timeout", &self.shared.timeout)
+            .field("timeout", &self.shared.timeout.get())
             .field("nodes", &self.nodes())
             .finish_non_exhaustive()
     }

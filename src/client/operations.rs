@@ -469,7 +469,7 @@ impl<S: Cache> Client<S> {
     }
 
     fn query(&self, ttl: Ttl) -> Query<S> {
-        Query::new(self.service.clone(), ttl, self.shared.timeout)
+        Query::new(self.service.clone(), ttl, self.shared.timeout.get())
     }
 
     /// Removes a key whose value has changed in the database; to be called when the change is
@@ -489,7 +489,7 @@ impl<S: Cache> Client<S> {
     pub async fn invalidate(&self, key: impl IntoKey) -> Result<()> {
         let key = key.into_key()?;
         let _operating = self.shared.reads.tracker().operate()?;
-        let deadline = after(Instant::now(), self.shared.timeout);
+        let deadline = after(Instant::now(), self.shared.timeout.get());
         let delete = Request::new(Operation::Delete { key });
         match self.perform(delete.clone().with_deadline(deadline)).await {
             Ok(Response::Deleted(_)) => Ok(()),

@@ -437,6 +437,25 @@ impl<S> Cluster<S> {
         self.set_nodes_of(0, specs)
     }
 
+    /// Replaces the nodes of the cluster, unless they are to stay, and those that its groups have of
+    /// their own, in the groups' order.
+    pub(crate) fn set_all_nodes(
+        &self,
+        nodes: Option<Vec<NodeSpec>>,
+        own: Vec<Option<Vec<NodeSpec>>>,
+    ) -> Result<()>
+    where
+        S: Clone,
+    {
+        let of_groups = (1..).zip(own);
+        for (route, nodes) in std::iter::once((0, nodes)).chain(of_groups) {
+            if let Some(nodes) = nodes {
+                self.set_nodes_of(route, nodes)?;
+            }
+        }
+        Ok(())
+    }
+
     fn set_nodes_of(&self, route: u32, specs: Vec<NodeSpec>) -> Result<()>
     where
         S: Clone,

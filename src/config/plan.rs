@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Config, NodeConfig};
-use crate::cluster::{ClusterSettings, NodeSpec};
+use crate::cluster::{ClusterSettings, GroupRoute, NodeSpec};
 use crate::error::Invalid;
 use crate::group::GroupSettings;
 use crate::node::NodeSettings;
@@ -25,6 +25,16 @@ pub(crate) struct GroupPlan {
     pub(crate) settings: GroupSettings,
     pub(crate) cluster: ClusterSettings,
     pub(crate) nodes: Option<Vec<NodeSpec>>,
+}
+
+impl GroupPlan {
+    /// How its requests are sent.
+    pub(crate) fn route(&self) -> GroupRoute {
+        GroupRoute {
+            settings: self.cluster.clone(),
+            nodes: self.nodes.clone(),
+        }
+    }
 }
 
 impl Config {

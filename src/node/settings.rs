@@ -52,11 +52,6 @@ impl NodeSettings {
         self
     }
 
-    pub(crate) fn consecutive_timeouts(mut self, timeouts: u32) -> Self {
-        self.breaker = self.breaker.consecutive_timeouts(timeouts);
-        self
-    }
-
     pub(crate) fn timeouts_to_close(&self) -> u32 {
         self.breaker.consecutive_timeouts
     }

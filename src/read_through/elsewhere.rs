@@ -16,8 +16,8 @@ use crate::value::CasToken;
 /// Beyond that many keys nothing more is remembered: old values are then asked for at each read.
 const CAPACITY: usize = 4096;
 
+#[derive(Default)]
 pub(super) struct Elsewhere {
-    lease: Duration,
     known: Mutex<Known>,
 }
 
@@ -35,19 +35,12 @@ struct Noted {
 }
 
 impl Elsewhere {
-    pub(super) fn new(lease: Duration) -> Self {
-        Self {
-            lease,
-            known: Mutex::default(),
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Somebody has just been told to load this version anew, or has been for a while.
-    pub(super) fn note(&self, key: &Key, token: CasToken) {
+    pub(super) fn note(&self, key: &Key, token: CasToken, lease: Duration) {
         const A_SECOND: Duration = Duration::from_secs(1);
         let mut known = self.lock();
         let Known { noted, swept } = &mut *known;
@@ -57,37 +50,35 @@ impl Elsewhere {
                 return;
             }
             *swept = Some(now);
-            noted.retain(|_, noted| now.duration_since(noted.since) < self.lease);
+            noted.retain(|_, noted| now.duration_since(noted.since) < lease);
             if noted.len() >= CAPACITY {
                 return;
             }
         }
         let known = noted.get(key);
         let since = match known {
-            Some(known) if known.token == token && !self.has_passed(known, now) => known.since,
+            Some(known) if known.token == token && now.duration_since(known.since) < lease => {
+                known.since
+            }
             _ => now,
         };
         noted.insert(key.clone(), Noted { token, since });
     }
 
     /// Whether somebody is loading this version anew.
-    pub(super) fn is_at_it(&self, key: &Key, token: CasToken) -> bool {
-        self.ask(key, token, |passed| !passed)
+    pub(super) fn is_at_it(&self, key: &Key, token: CasToken, lease: Duration) -> bool {
+        self.ask(key, token, |since| since < lease)
     }
 
     /// Whether somebody should have loaded this version anew by now.
-    pub(super) fn is_overdue(&self, key: &Key, token: CasToken) -> bool {
-        self.ask(key, token, |passed| passed)
+    pub(super) fn is_overdue(&self, key: &Key, token: CasToken, lease: Duration) -> bool {
+        self.ask(key, token, |since| since >= lease)
     }
 
-    fn ask(&self, key: &Key, token: CasToken, answer: impl FnOnce(bool) -> bool) -> bool {
+    fn ask(&self, key: &Key, token: CasToken, answer: impl FnOnce(Duration) -> bool) -> bool {
         let known = self.lock();
         let known = known.noted.get(key).filter(|noted| noted.token == token);
-        known.is_some_and(|known| answer(self.has_passed(known, Instant::now())))
-    }
-
-    fn has_passed(&self, noted: &Noted, now: Instant) -> bool {
-        now.duration_since(noted.since) >= self.lease
+        known.is_some_and(|known| answer(known.since.elapsed()))
     }
 }
 
@@ -113,35 +104,38 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn somebody_has_a_lease_long_to_replace_a_version() {
-        let elsewhere = Elsewhere::new(LEASE);
-        assert!(!elsewhere.is_at_it(&key(1), token(1)));
-        elsewhere.note(&key(1), token(1));
+        let elsewhere = Elsewhere::default();
+        assert!(!elsewhere.is_at_it(&key(1), token(1), LEASE));
+        elsewhere.note(&key(1), token(1), LEASE);
         tokio::time::advance(LEASE - Duration::from_millis(1)).await;
         // That it is still so is no news.
-        elsewhere.note(&key(1), token(1));
-        assert!(elsewhere.is_at_it(&key(1), token(1)));
-        assert!(!elsewhere.is_at_it(&key(1), token(2)), "another version");
-        assert!(!elsewhere.is_overdue(&key(1), token(1)));
+        elsewhere.note(&key(1), token(1), LEASE);
+        assert!(elsewhere.is_at_it(&key(1), token(1), LEASE));
+        assert!(
+            !elsewhere.is_at_it(&key(1), token(2), LEASE),
+            "another version"
+        );
+        assert!(!elsewhere.is_overdue(&key(1), token(1), LEASE));
         tokio::time::advance(Duration::from_millis(1)).await;
-        assert!(elsewhere.is_overdue(&key(1), token(1)));
-        assert!(!elsewhere.is_overdue(&key(1), token(2)));
-        assert!(!elsewhere.is_at_it(&key(1), token(1)));
+        assert!(elsewhere.is_overdue(&key(1), token(1), LEASE));
+        assert!(!elsewhere.is_overdue(&key(1), token(2), LEASE));
+        assert!(!elsewhere.is_at_it(&key(1), token(1), LEASE));
         // Who takes over has as long.
-        elsewhere.note(&key(1), token(1));
-        assert!(elsewhere.is_at_it(&key(1), token(1)));
+        elsewhere.note(&key(1), token(1), LEASE);
+        assert!(elsewhere.is_at_it(&key(1), token(1), LEASE));
     }
 
     #[tokio::test(start_paused = true)]
     async fn it_is_bounded_and_makes_room_when_leases_have_passed() {
-        let elsewhere = Elsewhere::new(LEASE);
+        let elsewhere = Elsewhere::default();
         for number in 0..CAPACITY {
-            elsewhere.note(&key(number), token(1));
+            elsewhere.note(&key(number), token(1), LEASE);
         }
-        elsewhere.note(&key(CAPACITY), token(1));
-        assert!(!elsewhere.is_at_it(&key(CAPACITY), token(1)));
+        elsewhere.note(&key(CAPACITY), token(1), LEASE);
+        assert!(!elsewhere.is_at_it(&key(CAPACITY), token(1), LEASE));
         tokio::time::advance(LEASE).await;
-        elsewhere.note(&key(CAPACITY), token(1));
-        assert!(elsewhere.is_at_it(&key(CAPACITY), token(1)));
+        elsewhere.note(&key(CAPACITY), token(1), LEASE);
+        assert!(elsewhere.is_at_it(&key(CAPACITY), token(1), LEASE));
         assert_eq!(elsewhere.lock().noted.len(), 1);
     }
 }

@@ -86,12 +86,6 @@ impl ReadThroughSettings {
         self.database.as_deref().filter(|_| self.guard.is_none())
     }
 
-    /// With that guard, unless it has one.
-    pub(crate) fn guarded_by(mut self, guard: impl FnOnce() -> LoadGuard) -> Self {
-        self.guard.get_or_insert_with(guard);
-        self
-    }
-
     /// How long loading may take, with all waiting for others that load the same and for a place at
     /// the database; 1 s by default. It begins when the cache has not had the value.
     #[must_use]

@@ -51,7 +51,7 @@ impl Engine {
             Some(left) => left + Duration::from_secs(1),
             None => self.grace(wanted.away),
         };
-        let terms = LeaseTerms::new(self.settings.lease_duration()).recache(recache);
+        let terms = LeaseTerms::new(self.settings().lease_duration()).recache(recache);
         let asked = Instant::now();
         match self.ask_lookup(query, &wanted.key, Some(terms), by).await {
             Ok(lookup) => self.judge_claim(query, led, asked, lookup),
@@ -96,7 +96,9 @@ impl Engine {
         let Some(token) = token else {
             return found_there(Some(value));
         };
-        let overdue = self.elsewhere.is_overdue(key, token);
+        let overdue = self
+            .elsewhere
+            .is_overdue(key, token, self.settings().lease_duration());
         if lease == LeaseState::Won || overdue {
             return Claim::Load(Fill::Swap(token, away));
         }
@@ -105,7 +107,8 @@ impl Engine {
             Freshness::Stale(age) => Some(age),
         };
         if lease == LeaseState::Taken {
-            self.elsewhere.note(key, token);
+            self.elsewhere
+                .note(key, token, self.settings().lease_duration());
             let value = match age {
                 Some(_) => value.into_stale(),
                 None => value,
@@ -128,8 +131,8 @@ impl Engine {
         led.seat.hold(token, move || {
             let request = refill(removal(key, token));
             // If it is not, it expires.
-            if let Some(behind) = Behind::new(spawner, &releases, counted) {
-                behind.spawn(async move {
+            if let Some(place) = releases.try_enter() {
+                Behind::new(spawner, place, counted).spawn(async move {
                     let _ = query.put(request).await;
                 });
             }
@@ -154,7 +157,7 @@ impl Engine {
             settled.extend(waiting.into_iter().map(falls_back));
             return (settled, ready);
         }
-        let patience = self.settings.lease_wait_limit();
+        let patience = self.settings().lease_wait_limit();
         let waits_until = after(Instant::now(), patience).min(terms.ends);
         let mut pause = FIRST_PAUSE;
         while !waiting.is_empty() {

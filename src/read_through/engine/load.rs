@@ -135,12 +135,12 @@ impl Engine {
     fn pause_before(&self, loads: u32) -> Option<Duration> {
         let repeated = loads.checked_sub(MANY_LOADS)?;
         let pause = SHORTEST_PAUSE.saturating_mul(1 << repeated.min(10));
-        Some(pause.min(self.settings.load_timeout / 4))
+        Some(pause.min(self.settings().load_timeout / 4))
     }
 
     /// A load that did not have its time says nothing of the database.
     fn took_too_long(&self, permit: Permit, begun: Instant) {
-        if begun.elapsed() >= self.settings.load_timeout / 2 {
+        if begun.elapsed() >= self.settings().load_timeout / 2 {
             permit.failed();
         }
     }
@@ -149,7 +149,8 @@ impl Engine {
         let failed = ready.into_iter().map(|(led, fill)| {
             if let (Some(token), Some(_)) = (fill.token(), &led.wanted.fallback) {
                 // Not every read tries to load anew what cannot be.
-                self.elsewhere.note(&led.wanted.key, token);
+                self.elsewhere
+                    .note(&led.wanted.key, token, self.settings().lease_duration());
             }
             if hands_over && led.seat.hand_over() {
                 return led.wanted.conclude(Err(error.clone()));
@@ -170,7 +171,7 @@ impl Engine {
             leased: match led.wanted.sighting.seen {
                 Seen::Vacancy(_) => true,
                 Seen::Unleased(_) => false,
-                Seen::Failure => self.settings.leases,
+                Seen::Failure => self.settings().leases,
             },
         }
     }

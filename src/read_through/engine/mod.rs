@@ -16,10 +16,12 @@ mod refill;
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Guard};
 use futures::future::{join, join_all};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
@@ -31,6 +33,7 @@ use super::freshness::{self, Freshness};
 use super::guard::LoadGuard;
 use super::loads::{Loads, all_fail};
 use super::settings::ReadThroughSettings;
+use crate::bulkhead::{Limits, Place, Room};
 use crate::call::Call;
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{Spawner, after, until};
@@ -68,18 +71,41 @@ pub(crate) type Loaded = Result<HashMap<Key, Payload>, BoxError>;
 
 /// The engine of one client or layer.
 pub(crate) struct Engine {
-    settings: ReadThroughSettings,
-    guard: LoadGuard,
+    loading: Arc<ArcSwap<Loading>>,
     flights: Flights,
     elsewhere: Elsewhere,
     means: Means,
-    refills: Arc<Semaphore>,
+    refills: Arc<Room>,
     /// Leases that are given up, which takes little, and lets others go on.
-    releases: Arc<Semaphore>,
+    releases: Arc<Room>,
     /// Shared loaders' tasks.
     tasks: Arc<Semaphore>,
     /// What a load has lately taken, in nanoseconds.
     cost: AtomicU64,
+}
+
+/// How it loads, shared with those that load other keys in the same way.
+struct Loading {
+    settings: ReadThroughSettings,
+    guard: LoadGuard,
+}
+
+impl Loading {
+    fn new(settings: ReadThroughSettings, guard: impl FnOnce() -> LoadGuard) -> Self {
+        let guard = settings.guard.clone().unwrap_or_else(guard);
+        Self { settings, guard }
+    }
+}
+
+/// Those in force.
+pub(super) struct Settings(Guard<Arc<Loading>>);
+
+impl Deref for Settings {
+    type Target = ReadThroughSettings;
+
+    fn deref(&self) -> &ReadThroughSettings {
+        &self.0.settings
+    }
 }
 
 /// What an engine works with.
@@ -234,18 +260,18 @@ const LOOKUPS: usize = 64;
 
 impl Engine {
     pub(crate) fn new(settings: ReadThroughSettings, means: Means) -> Arc<Self> {
-        Self::of(settings, means, Flights::default())
+        let loading = Loading::new(settings, LoadGuard::default);
+        let loading = Arc::new(ArcSwap::from_pointee(loading));
+        Self::of(loading, means, Flights::default())
     }
 
-    fn of(settings: ReadThroughSettings, means: Means, flights: Flights) -> Arc<Self> {
-        let permits = settings.max_refills.min(Semaphore::MAX_PERMITS);
+    fn of(loading: Arc<ArcSwap<Loading>>, means: Means, flights: Flights) -> Arc<Self> {
         Arc::new(Self {
-            refills: Arc::new(Semaphore::new(permits)),
-            releases: Arc::new(Semaphore::new(RELEASES)),
+            refills: Room::new("refills", Limits::of(0)),
+            releases: Room::new("releases", Limits::of(RELEASES)),
             tasks: Arc::new(Semaphore::new(TASKS)),
-            elsewhere: Elsewhere::new(settings.lease_duration()),
-            guard: settings.guard.clone().unwrap_or_default(),
-            settings,
+            elsewhere: Elsewhere::default(),
+            loading,
             flights,
             means,
             cost: AtomicU64::new(0),
@@ -254,22 +280,48 @@ impl Engine {
 
     /// The same for other keys, such as a group's.
     pub(crate) fn again(&self) -> Arc<Self> {
-        let settings = self.settings.clone().guarded_by(|| self.guard.clone());
-        Self::new(settings, self.means.clone())
+        Self::of(self.loading.clone(), self.means.clone(), Flights::default())
     }
 
     /// Another way to load the same keys: what one of the two invalidates the other does not put
     /// back.
     pub(crate) fn with_settings(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        Self::of(settings, self.means.clone(), self.flights.clone())
+        let loading = Loading::new(settings, LoadGuard::default);
+        let loading = Arc::new(ArcSwap::from_pointee(loading));
+        Self::of(loading, self.means.clone(), self.flights.clone())
     }
 
     pub(crate) fn tracker(&self) -> &Arc<Tracker> {
         &self.means.tracker
     }
 
-    pub(crate) fn guard(&self) -> &LoadGuard {
-        &self.guard
+    /// Another way to load other keys, by the same guard unless the settings have one.
+    pub(crate) fn of_group(&self, settings: ReadThroughSettings) -> Arc<Self> {
+        let loading = Loading::new(settings, || self.guard());
+        let loading = Arc::new(ArcSwap::from_pointee(loading));
+        Self::of(loading, self.means.clone(), Flights::default())
+    }
+
+    /// Other settings from now on, by the same guard unless they have one.
+    pub(crate) fn apply(&self, settings: ReadThroughSettings) {
+        let loading = Loading::new(settings, || self.guard());
+        self.loading.store(Arc::new(loading));
+    }
+
+    /// A place among the refills, if there is one.
+    fn refill_place(&self) -> Option<Place> {
+        // There may be other settings than the last time.
+        self.refills
+            .set_limits(Limits::of(self.settings().max_refills));
+        self.refills.try_enter()
+    }
+
+    pub(super) fn settings(&self) -> Settings {
+        Settings(self.loading.load())
+    }
+
+    pub(crate) fn guard(&self) -> LoadGuard {
+        self.loading.load().guard.clone()
     }
 
     pub(super) fn spawner(&self) -> Option<&Spawner> {
@@ -283,7 +335,7 @@ impl Engine {
 
     /// When a load that begins to wait now has to end.
     pub(super) fn load_ends(&self) -> Instant {
-        after(Instant::now(), self.settings.load_timeout)
+        after(Instant::now(), self.settings().load_timeout)
     }
 
     fn terms<S>(&self, query: &Query<S>, patient: bool) -> Terms {
@@ -442,7 +494,7 @@ impl Engine {
             Err(_) => return Verdict::Fetch(wanted),
         };
         wanted.away = lookup.away;
-        wanted.sighting.seen = match self.settings.leases && lookup.lease != LeaseState::Unknown {
+        wanted.sighting.seen = match self.settings().leases && lookup.lease != LeaseState::Unknown {
             true => Seen::Vacancy(lookup.token),
             false => Seen::Unleased(lookup.token),
         };
@@ -451,9 +503,11 @@ impl Engine {
             Found::Absent { .. } => return Verdict::Settled(Ok(None)),
             Found::Nothing => return Verdict::Fetch(wanted),
         };
-        let settings = &self.settings;
+        let settings = self.settings();
         let may_refresh = || match lookup.token {
-            Some(token) => !self.elsewhere.is_at_it(&wanted.key, token),
+            Some(token) => !self
+                .elsewhere
+                .is_at_it(&wanted.key, token, settings.lease_duration()),
             None => false,
         };
         match freshness::judge(left, self.grace(lookup.away), self.draw_early()) {
@@ -484,13 +538,13 @@ impl Engine {
     fn grace(&self, away: Away) -> Duration {
         match away {
             true => Duration::ZERO,
-            false => self.settings.grace(),
+            false => self.settings().grace(),
         }
     }
 
     fn draw_early(&self) -> Duration {
         let cost = Duration::from_nanos(self.cost.load(Ordering::Relaxed));
-        freshness::early(cost, self.settings.early_refresh, fastrand::f64())
+        freshness::early(cost, self.settings().early_refresh, fastrand::f64())
     }
 
     /// Sees to it that keys are loaded: what is `missing` for whoever waits for it, what is old behind

@@ -1,12 +1,11 @@
 //! Putting back what was loaded, behind the answer.
 
 use std::future::Future;
-use std::sync::Arc;
 
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{Cache, Engine, Fill, Query};
+use crate::bulkhead::Place;
 use crate::call::Call;
 use crate::error::Result;
 use crate::executor::Spawner;
@@ -36,14 +35,15 @@ impl Engine {
             }
             return seat.land();
         };
-        let counted = self.means.tracker.count(Work::Refill);
-        let Some(behind) = Behind::new(self.means.behind.clone(), &self.refills, counted) else {
+        let Some(place) = self.refill_place() else {
             self.means.tracker.refill_dropped();
             telemetry::refill("dropped");
             return seat.land();
         };
+        let counted = self.means.tracker.count(Work::Refill);
+        let behind = Behind::new(self.means.behind.clone(), place, counted);
         let query = query.clone();
-        let removes = loaded_nothing && self.settings.negative_ttl.is_none();
+        let removes = loaded_nothing && self.settings().negative_ttl.is_none();
         let write = async move {
             let _refilling = match fill {
                 Fill::Add(_) => Some(seat.refilling().await),
@@ -76,7 +76,7 @@ impl Engine {
         fill: Fill,
         loaded: Option<Payload>,
     ) -> Option<Request> {
-        let settings = &self.settings;
+        let settings = self.settings();
         let (payload, ttl) = match (loaded, settings.negative_ttl) {
             (Some(payload), _) => {
                 let ttl = query.ttl.jittered(settings.ttl_jitter, fastrand::f64());
@@ -126,23 +126,17 @@ impl<S: Cache> Query<S> {
 /// Where things are done behind the answer.
 pub(super) struct Behind {
     spawner: Option<Spawner>,
-    permit: OwnedSemaphorePermit,
+    permit: Place,
     counted: Counted,
 }
 
 impl Behind {
-    /// `None` if as much is done there as may be.
-    pub(super) fn new(
-        spawner: Option<Spawner>,
-        permits: &Arc<Semaphore>,
-        counted: Counted,
-    ) -> Option<Self> {
-        let permit = permits.clone().try_acquire_owned().ok()?;
-        Some(Self {
+    pub(super) fn new(spawner: Option<Spawner>, permit: Place, counted: Counted) -> Self {
+        Self {
             spawner,
             permit,
             counted,
-        })
+        }
     }
 
     /// Does it there if there is a runtime, and at once otherwise.

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::rate::Rate;
 use super::throttle::Throttle;
+use crate::bulkhead::Limits;
 use crate::error::{Invalid, not_zero};
 use crate::rate::Cells;
 
@@ -140,8 +140,25 @@ impl LoadLimits {
         Ok(())
     }
 
-    pub(super) fn make_rate(&self) -> Option<Rate> {
-        Cells::of(self.rate, self.burst).map(Rate::new)
+    pub(super) fn make_cells(&self) -> Option<Cells> {
+        Cells::of(self.rate, self.burst)
+    }
+
+    pub(super) fn has_rate_of(&self, other: &Self) -> bool {
+        (self.rate, self.burst) == (other.rate, other.burst)
+    }
+
+    pub(super) fn throttles_like(&self, other: &Self) -> bool {
+        let of = |limits: &Self| (limits.throttle, limits.throttle_k, limits.throttle_window);
+        of(self) == of(other)
+    }
+
+    pub(super) fn places(&self) -> Limits {
+        Limits {
+            max_in_flight: self.max_concurrent,
+            max_queue: self.max_queue,
+            max_wait: self.max_wait,
+        }
     }
 
     pub(super) fn make_throttle(&self) -> Option<Throttle> {

@@ -28,14 +28,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
 pub use self::limits::LoadLimits;
 use self::rate::{Cell, Rate};
 use self::throttle::{SentIn, Throttle};
-use crate::bulkhead::{Limits, Place, Room};
+use crate::bulkhead::{Place, Room};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{Spawner, after, until};
+use crate::rate::Cells;
 use crate::telemetry;
 
 /// How long somebody is willing to wait for their turn.
@@ -91,10 +93,10 @@ impl Default for LoadGuard {
 struct Level {
     name: Arc<str>,
     parent: Option<LoadGuard>,
-    throttle: Option<Throttle>,
     /// Titled with what it guards, in words.
     bulkhead: Arc<Room>,
-    rate: Option<Rate>,
+    rate: Rate,
+    terms: ArcSwap<Terms>,
     queued: Shown,
     running: Shown,
     started: AtomicU64,
@@ -102,6 +104,33 @@ struct Level {
     shed: [AtomicU64; Shed::COUNT],
     /// A moving average of what loads that succeeded took, in nanoseconds; 0 before the first.
     usual: AtomicU64,
+}
+
+/// Limits in force, with what goes with them.
+struct Terms {
+    limits: LoadLimits,
+    throttle: Option<Arc<Throttle>>,
+    cells: Option<Arc<Cells>>,
+}
+
+impl Terms {
+    /// What is known of the database stays while it is judged in the same way, and what has started
+    /// while the rate is the same.
+    fn new(limits: LoadLimits, before: Option<&Self>) -> Self {
+        let throttle = before.filter(|before| before.limits.throttles_like(&limits));
+        let cells = before.filter(|before| before.limits.has_rate_of(&limits));
+        Self {
+            throttle: match throttle {
+                Some(before) => before.throttle.clone(),
+                None => limits.make_throttle().map(Arc::new),
+            },
+            cells: match cells {
+                Some(before) => before.cells.clone(),
+                None => limits.make_cells().map(Arc::new),
+            },
+            limits,
+        }
+    }
 }
 
 impl Level {
@@ -160,24 +189,33 @@ impl LoadGuard {
         limits: &LoadLimits,
     ) -> Result<Self> {
         limits.validate()?;
-        let places = Limits {
-            max_in_flight: limits.max_concurrent,
-            max_queue: limits.max_queue,
-            max_wait: limits.max_wait,
-        };
         Ok(Self(Arc::new(Level {
             queued: Shown::new(telemetry::LOADS_QUEUED, &name),
             running: Shown::new(telemetry::LOADS_RUNNING, &name),
             name,
             parent,
-            throttle: limits.make_throttle(),
-            bulkhead: Room::new(title, places),
-            rate: limits.make_rate(),
+            bulkhead: Room::new(title, limits.places()),
+            rate: Rate::default(),
+            terms: ArcSwap::from_pointee(Terms::new(limits.clone(), None)),
             started: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             shed: Default::default(),
             usual: AtomicU64::new(0),
         })))
+    }
+
+    /// Other limits from now on, for all clones. Loads under way go on; those that wait do so as long
+    /// as they were to. A throttle or a rate that has changed starts anew.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); the limits then stay as they were.
+    pub fn set_limits(&self, limits: LoadLimits) -> Result<()> {
+        limits.validate()?;
+        let level = &*self.0;
+        level.bulkhead.set_limits(limits.places());
+        let terms = Terms::new(limits, Some(&level.terms.load()));
+        level.terms.store(Arc::new(terms));
+        Ok(())
     }
 
     /// What it does now, and has done so far.
@@ -196,7 +234,10 @@ impl LoadGuard {
                 waited: shed(Shed::Waited),
                 rate: shed(Shed::Rate),
             },
-            rejection_probability: level.throttle.as_ref().map_or(0.0, Throttle::probability),
+            rejection_probability: {
+                let throttle = level.terms.load().throttle.clone();
+                throttle.map_or(0.0, |throttle| throttle.probability())
+            },
         }
     }
 
@@ -267,8 +308,9 @@ impl LoadGuard {
     fn start(self, place: Place) -> Held {
         self.0.started.fetch_add(1, Ordering::Relaxed);
         self.0.running.add();
+        let throttle = self.0.terms.load().throttle.clone();
         Held {
-            sent: self.0.throttle.as_ref().map(Throttle::sent),
+            sent: throttle.map(|throttle| (throttle.sent(), throttle)),
             guard: self,
             _place: place,
         }
@@ -287,7 +329,7 @@ impl fmt::Debug for LoadGuard {
 
 impl Level {
     fn throttle(&self) -> Result<()> {
-        match &self.throttle {
+        match &self.terms.load().throttle {
             Some(throttle) if throttle.rejects(fastrand::f64()) => Err(self.shed(Shed::Throttled)),
             _ => Ok(()),
         }
@@ -315,17 +357,17 @@ impl Level {
         patience: Patience,
         spawner: Option<&Spawner>,
     ) -> Result<Option<Cell<'_>>> {
-        let Some(rate) = &self.rate else {
+        let Some(cells) = self.terms.load().cells.clone() else {
             return Ok(None);
         };
-        if let Some(cell) = rate.try_cell() {
+        if let Some(cell) = self.rate.try_cell(&cells) {
             return Ok(Some(cell));
         }
         let Patience::Until(moment) = patience else {
             return Err(self.shed(Shed::Rate));
         };
         let _queued = self.queued.enter();
-        let cell = rate.cell(moment, spawner).await?;
+        let cell = self.rate.cell(&cells, moment, spawner).await?;
         cell.map(Some).ok_or_else(|| self.shed(Shed::Rate))
     }
 
@@ -424,8 +466,8 @@ impl Drop for Permit {
             }
             if self.end == End::Failure || (self.end == End::Abandoned && level.is_long(ran)) {
                 level.failed.fetch_add(1, Ordering::Relaxed);
-                if let (Some(throttle), Some(sent)) = (&level.throttle, held.sent) {
-                    throttle.failed(sent);
+                if let Some((sent, throttle)) = &held.sent {
+                    throttle.failed(*sent);
                 }
             }
             telemetry::load_ended(&level.name, self.end.name(), took);
@@ -438,7 +480,7 @@ impl Drop for Permit {
 /// What a load that runs has of one guard.
 #[derive(Debug)]
 struct Held {
-    sent: Option<SentIn>,
+    sent: Option<(SentIn, Arc<Throttle>)>,
     guard: LoadGuard,
     _place: Place,
 }

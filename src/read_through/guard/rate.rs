@@ -10,13 +10,10 @@ use crate::error::Result;
 use crate::executor::{Spawner, timer, until};
 use crate::rate::Cells;
 
-/// The cells of one guard.
-#[derive(Debug)]
-pub(super) struct Rate {
-    cells: Cells,
-    /// Whoever waits for a cell holds it, so that not everybody wakes up for each. It is fair.
-    turnstile: Mutex<Turnstile>,
-}
+/// Who takes the cells of one guard. Whoever waits for one holds it, so that not everybody wakes up for
+/// each. It is fair.
+#[derive(Debug, Default)]
+pub(super) struct Rate(Mutex<Turnstile>);
 
 /// Whether a cell was taken that no load has started with: that one was not let go on by something
 /// else, or its caller left. Who comes next has it.
@@ -28,17 +25,10 @@ enum Turnstile {
 }
 
 impl Rate {
-    pub(super) fn new(cells: Cells) -> Self {
-        Self {
-            cells,
-            turnstile: Mutex::default(),
-        }
-    }
-
     /// A cell, if there is one now and nobody waits for it.
-    pub(super) fn try_cell(&self) -> Option<Cell<'_>> {
-        let mut cell = Cell(self.turnstile.try_lock().ok()?);
-        cell.take(&self.cells).ok()?;
+    pub(super) fn try_cell(&self, cells: &Cells) -> Option<Cell<'_>> {
+        let mut cell = Cell(self.0.try_lock().ok()?);
+        cell.take(cells).ok()?;
         Some(cell)
     }
 
@@ -52,15 +42,16 @@ impl Rate {
     /// Dropping the future takes no cell.
     pub(super) async fn cell(
         &self,
+        cells: &Cells,
         moment: Instant,
         spawner: Option<&Spawner>,
     ) -> Result<Option<Cell<'_>>> {
-        let turn = until(spawner, moment, self.turnstile.lock()).await?;
+        let turn = until(spawner, moment, self.0.lock()).await?;
         let Some(turn) = turn else {
             return Ok(None);
         };
         let mut cell = Cell(turn);
-        while let Err(earliest) = cell.take(&self.cells) {
+        while let Err(earliest) = cell.take(cells) {
             if earliest > moment {
                 return Ok(None);
             }
