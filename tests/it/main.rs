@@ -12,6 +12,7 @@ mod interleavings;
 mod isolation;
 mod layers;
 mod lifecycle;
+mod nodes;
 mod operations;
 mod read_through;
 mod real_memcached;
