@@ -373,27 +373,37 @@ where
     ///
     /// # Errors
     /// As the operation's; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) at the deadline.
-    pub async fn call(&self, request: Request) -> Result<Response> {
+    pub async fn call(&self, mut request: Request) -> Result<Response> {
         let _operating = self.shared.reads.tracker().operate()?;
-        self.perform(request).await
+        if request.operation().changes() {
+            request = self.outdating(request).await;
+        }
+        self.driven(request).await
     }
 
-    /// A request, as part of an operation.
-    async fn perform(&self, mut request: Request) -> Result<Response> {
-        let shared = &*self.shared;
+    /// The same as a part of an operation that is counted.
+    async fn perform(&self, request: Request) -> Result<Response> {
+        let request = self.outdating(request).await;
+        self.driven(request).await
+    }
+
+    /// What is being loaded for the key is old now. That, too, has to be done by the deadline.
+    async fn outdating(&self, request: Request) -> Request {
+        let (shared, now) = (&*self.shared, Instant::now());
         let timeout = shared.timeout.get();
-        if request.operation().changes() {
-            // What is being loaded for it is old now. That, too, has to be done by the deadline.
-            let now = Instant::now();
-            request = request.with_deadline(after(now, timeout));
-            let half = after(now, timeout / 2);
-            let by = request.deadline().map_or(half, |ends| ends.min(half));
-            if let Some(key) = request.operation().key() {
-                shared.reads.forget(key, by).await;
-            }
+        let request = request.with_deadline(after(now, timeout));
+        let half = after(now, timeout / 2);
+        let by = request.deadline().map_or(half, |ends| ends.min(half));
+        if let Some(key) = request.operation().key() {
+            shared.reads.forget(key, by).await;
         }
-        let spawner = shared.spawner.as_ref();
-        Call::new(self.service.clone(), request, timeout, spawner).await
+        request
+    }
+
+    fn driven(&self, request: Request) -> Call<'_, S> {
+        let (shared, service) = (&*self.shared, self.service.clone());
+        let timeout = shared.timeout.get();
+        Call::new(service, request, timeout, shared.spawner.as_ref())
     }
 }
 

@@ -178,6 +178,10 @@ struct Shared<S> {
     policy: ArcSwap<Policy>,
     spawner: Spawner,
     phase: Arc<Phase>,
+    /// The routes of functional groups: [`Request::route`] from 1 on.
+    groups: Vec<Arc<Self>>,
+    /// That of the whole cluster.
+    kill_switch: KillSwitch,
 }
 
 /// Settings in force, with what goes with them.
@@ -306,17 +310,12 @@ impl<S> Shared<S> {
 /// Dropping a [`ClusterFuture`] drops the attempt it is making; nothing is left behind.
 pub struct Cluster<S> {
     shared: Arc<Shared<S>>,
-    /// The routes of functional groups: [`Request::route`] from 1 on.
-    groups: Arc<[Arc<Shared<S>>]>,
-    kill_switch: KillSwitch,
 }
 
 impl<S> Clone for Cluster<S> {
     fn clone(&self) -> Self {
         Self {
             shared: self.shared.clone(),
-            groups: self.groups.clone(),
-            kill_switch: self.kill_switch.clone(),
         }
     }
 }
@@ -355,19 +354,22 @@ impl<S> Cluster<S> {
     ) -> Result<Self> {
         let phase = Arc::<Phase>::default();
         let changes = watch::Sender::new(());
+        let kill_switch = KillSwitch::default();
         let pool = |settings: &ClusterSettings, specs: Vec<NodeSpec>| {
             topology::validate(&specs)?;
             let (ring, factory) = (settings.ring.clone(), factory.clone());
             let pool = Pool::new(ring, specs, factory, changes.clone());
             Ok::<_, Error>(Arc::new(pool))
         };
-        let route = |settings: ClusterSettings, pool| {
+        let route = |settings: ClusterSettings, pool, groups| {
             settings.validate()?;
             Ok::<_, Error>(Arc::new(Shared {
                 pool,
                 policy: ArcSwap::from_pointee(Policy::new(settings)),
                 spawner: spawner.clone(),
                 phase: phase.clone(),
+                groups,
+                kill_switch: kill_switch.clone(),
             }))
         };
         let main = pool(&settings, specs)?;
@@ -376,19 +378,18 @@ impl<S> Cluster<S> {
                 Some(specs) => pool(&group.settings, specs)?,
                 None => main.clone(),
             };
-            route(group.settings, pool)
+            route(group.settings, pool, Vec::new())
         });
+        let groups = groups.collect::<Result<_>>()?;
         Ok(Self {
-            groups: groups.collect::<Result<_>>()?,
-            shared: route(settings, main)?,
-            kill_switch: KillSwitch::default(),
+            shared: route(settings, main, groups)?,
         })
     }
 
     /// Other settings from now on, for the cluster and its groups, in their order. The ring stays.
     pub(crate) fn apply(&self, settings: ClusterSettings, groups: Vec<ClusterSettings>) {
         self.shared.apply(settings);
-        for (shared, settings) in self.groups.iter().zip(groups) {
+        for (shared, settings) in self.shared.groups.iter().zip(groups) {
             shared.apply(settings);
         }
     }
@@ -408,21 +409,21 @@ impl<S> Cluster<S> {
     /// The way of requests with that [`Request::route`].
     fn route(&self, route: u32) -> &Arc<Shared<S>> {
         let group = (route as usize).checked_sub(1);
-        let group = group.and_then(|group| self.groups.get(group));
+        let group = group.and_then(|group| self.shared.groups.get(group));
         group.unwrap_or(&self.shared)
     }
 
     /// Each pool of nodes once.
     fn pools(&self) -> impl Iterator<Item = &Arc<Pool<S>>> {
         let main = &self.shared.pool;
-        let own = self.groups.iter().map(|group| &group.pool);
+        let own = self.shared.groups.iter().map(|group| &group.pool);
         std::iter::once(main).chain(own.filter(move |pool| !Arc::ptr_eq(pool, main)))
     }
 
     /// Stops the whole cluster from being used, its groups included.
     #[must_use]
     pub fn kill_switch(&self) -> &KillSwitch {
-        &self.kill_switch
+        &self.shared.kill_switch
     }
 
     /// Replaces the nodes. One with the same name and address as before keeps its connections and
@@ -555,7 +556,7 @@ where
             shared.take_note(&request);
             return ClusterFuture::settled(Err(error));
         }
-        if self.kill_switch.is_thrown() && !spares(&request) {
+        if shared.kill_switch.is_thrown() && !spares(&request) {
             let bypassed = bypass(&request, "client", "the client");
             if bypassed.noted {
                 shared.take_note(&request);

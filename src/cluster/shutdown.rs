@@ -26,6 +26,7 @@ const CLOSED: u8 = 2;
 
 impl Phase {
     /// Whether a request is not taken any more. What was loaded may be put back until the end.
+    #[inline]
     pub(super) fn refuses(&self, request: &Request) -> bool {
         match self.0.load(Ordering::Acquire) {
             0 => false,

@@ -65,6 +65,7 @@ impl Default for Tracker {
 pub(crate) struct Operating<'a>(&'a Tracker);
 
 impl Drop for Operating<'_> {
+    #[inline]
     fn drop(&mut self) {
         let before = self.0.operations.fetch_sub(ONE, Ordering::AcqRel);
         if before == ONE | REFUSES {
@@ -122,6 +123,7 @@ impl Tracker {
     ///
     /// # Errors
     /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown), once no new one may.
+    #[inline]
     pub(crate) fn operate(&self) -> Result<Operating<'_>> {
         // Those who are refused do not show up among those who are not.
         if self.refuses() {
@@ -158,6 +160,7 @@ impl Tracker {
         }
     }
 
+    #[inline]
     pub(crate) fn refuses(&self) -> bool {
         self.operations.load(Ordering::Acquire) & REFUSES != 0
     }

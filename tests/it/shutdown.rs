@@ -20,8 +20,7 @@ use tower_memcached::{
 
 use crate::read_through::{BoxError, TTL, Table, client, exact, ms, secs};
 use crate::support::{
-    PATIENCE, eventually, in_memory, keys_of, patient, server, servers, state, until_closed,
-    until_open,
+    PATIENCE, eventually, in_memory, keys_of, patient, server, servers, state, until_open,
 };
 
 /// In this process, whose time-outs nothing here reaches by itself.

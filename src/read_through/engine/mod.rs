@@ -372,11 +372,13 @@ impl Engine {
         let (settled, otherwise) = match self.judge(query, 0, key, lookup) {
             Verdict::Settled(result) => return counted(result, "hit"),
             Verdict::Refresh(wanted) => {
-                let settled = self.obtain(query, vec![wanted], false, loads).await;
+                let terms = self.terms(query, false);
+                let settled = self.obtain(query, vec![wanted], terms, loads).await;
                 (settled, "refreshed")
             }
             Verdict::Fetch(wanted) => {
-                let settled = self.obtain(query, vec![wanted], true, loads).await;
+                let terms = self.terms(query, true);
+                let settled = self.obtain(query, vec![wanted], terms, loads).await;
                 (settled, "loaded")
             }
         };
@@ -413,10 +415,15 @@ impl Engine {
             }
         }
         // What is missing first: somebody waits for it.
-        for (index, result) in self.obtain(query, fetch, true, loads).await {
+        let terms = self.terms(query, true);
+        for (index, result) in self.obtain(query, fetch, terms, loads).await {
             results[index] = counted(result, "loaded");
         }
-        for (index, result) in self.obtain(query, refresh, false, loads).await {
+        let terms = Terms {
+            patient: false,
+            ..terms
+        };
+        for (index, result) in self.obtain(query, refresh, terms, loads).await {
             results[index] = counted(result, "refreshed");
         }
         results
@@ -547,13 +554,13 @@ impl Engine {
         freshness::early(cost, self.settings().early_refresh, fastrand::f64())
     }
 
-    /// Sees to it that keys are loaded: what is `missing` for whoever waits for it, what is old behind
-    /// the answer if that can be. Nobody waits for longer than until the client is shut down.
+    /// Sees to it that keys are loaded: for whoever is patient, or behind the answer if that can be.
+    /// Nobody waits for longer than until the client is shut down.
     async fn obtain<S, F, Fut>(
         self: &Arc<Self>,
         query: &Query<S>,
         wanted: Vec<Wanted>,
-        missing: bool,
+        terms: Terms,
         loads: &mut Loads<F>,
     ) -> Vec<Settled>
     where
@@ -563,8 +570,7 @@ impl Engine {
     {
         let abandoned = wanted.clone();
         let settling = async {
-            let terms = self.terms(query, missing);
-            match missing {
+            match terms.patient {
                 true => self.fetch(query, wanted, terms, loads).await,
                 false => self.refresh(query, wanted, terms, loads).await,
             }
@@ -599,10 +605,6 @@ impl Engine {
             }
         }
         if !led.is_empty() {
-            let terms = Terms {
-                patient: false,
-                ..terms
-            };
             settled.extend(loads.refresh(self, query, led, terms).await);
         }
         settled
