@@ -289,7 +289,8 @@ impl<L, N> ClientBuilder<L, N> {
     /// Adds a layer around the whole client; the one added first is the outermost. It sees every
     /// request once. Its errors may be its own: they come back as
     /// [`ErrorKind::Layer`](crate::ErrorKind::Layer), with their source. Its service must be
-    /// `Clone`; put a `tower::buffer::BufferLayer` around one that is not, such as `RateLimit`.
+    /// `Clone`; put a `tower::buffer::BufferLayer` around one that is not, such as `RateLimit`. What is
+    /// put back after a load passes it on the [`load_executor`](Self::load_executor).
     #[must_use]
     pub fn layer<T>(self, layer: T) -> ClientBuilder<Stack<T, L>, N> {
         let Self {

@@ -25,7 +25,8 @@ pub type Connecting = BoxFuture<'static, io::Result<BoxStream>>;
 /// fault-injecting test, brings its own.
 ///
 /// The connecting future runs on the client's executor, is dropped when the connect timeout has
-/// passed, and must not block. One connect at a time is made for each connection of a node.
+/// passed, and must not block: all that its node does waits for it, and a dedicated executor's threads
+/// have a runtime of one thread each, where `tokio::task::block_in_place` panics. One connect at a time is made for each connection of a node.
 pub trait Connector: Send + Sync + 'static {
     /// Starts connecting. An error counts against the node, except those that are this machine's
     /// own: too many open files, no free ports.
