@@ -162,8 +162,10 @@ impl Nodes {
     }
 }
 
+type MakeExecutor = fn() -> Executor;
+
 /// Each with threads of its own, if with any.
-fn executors() -> [(&'static str, fn() -> Executor); 4] {
+fn executors() -> [(&'static str, MakeExecutor); 4] {
     [
         ("default", Executor::default),
         ("two-threads", || Executor::dedicated("two", 2)),
