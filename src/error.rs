@@ -54,7 +54,8 @@ pub enum ErrorKind {
     NotANumber,
     /// The server is too old for what was asked (see [`MINIMUM_VERSION`](crate::MINIMUM_VERSION)).
     Unsupported,
-    /// The client is shut down, or the runtime its connections live in is.
+    /// The client is shut down, or is being [shut down](crate::Client::shutdown); or the runtime its
+    /// connections live in is.
     Shutdown,
     /// A kill switch is thrown: the functional group does not use the cache now. Nothing was sent.
     Disabled,

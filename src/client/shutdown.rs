@@ -15,7 +15,8 @@ impl<S> Client<S> {
     ///
     /// 1. From the first poll on no new operation begins: each fails at once with
     ///    [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown), unsent. So does
-    ///    [`get_or_load`](Self::get_or_load), which loads nothing then.
+    ///    [`get_or_load`](Self::get_or_load), which loads nothing then. What a loader asks of this
+    ///    client is an operation of its own.
     /// 2. What is under way may go on until it ends, whatever it needs of the cache for that:
     ///    requests, those that wait for their node or are repeated, loads and those who wait for
     ///    them. What is loaded is put back, and leases that are not used are given up.
