@@ -57,6 +57,9 @@
 //!
 //! - `testing`: an in-process memcached with run-time faults, a TCP proxy with toxics, and control
 //!   of real memcached processes, for tests.
+//! - `serde`: [`Config`] and the settings in it as data, for a service's own TOML or YAML.
+//!
+//! `docs/CONFIGURATION.md` has every setting.
 
 #![forbid(unsafe_code)]
 

@@ -52,7 +52,8 @@ use crate::read_through::{LoadLimits, ReadThroughSettings};
 use crate::transport::PipelinedSettings;
 
 /// What a client is told: see the [builder](crate::ClientBuilder)'s methods of the same names for what
-/// each means, and `docs/CONFIGURATION.md` for all of them in one table.
+/// each means, and `docs/CONFIGURATION.md` for all of them in tables: defaults, units, what a wrong one
+/// does and the metric that shows it, and what can be changed at run time.
 ///
 /// As data (feature `serde`) every field may be left out, and then has its default; a field that does
 /// not exist is refused. Durations are written as `"50ms"` or `"1m 30s"`, choices in
