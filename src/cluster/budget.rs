@@ -23,7 +23,8 @@ pub(super) struct Budget {
     paid_until: AtomicU64,
 }
 
-/// How many retries and failovers there may be: `percent` of requests, and `per_second` besides.
+/// How many retries and failovers there may be: `percent` of requests, and `per_second` besides. It
+/// begins with 100, and saves up at most what ten seconds of 1,000 requests each bring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",

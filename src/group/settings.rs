@@ -180,7 +180,7 @@ impl GroupSettings {
     }
 
     /// How its values are loaded. Without a guard or a database of its own it loads by the client's
-    /// guard.
+    /// guard; whatever else these leave out has its default, and is not as the client has it.
     #[must_use]
     pub fn read_through(mut self, settings: ReadThroughSettings) -> Self {
         self.read_through = Some(settings);

@@ -134,7 +134,7 @@ impl Default for BreakerSettings {
 
 impl BreakerSettings {
     /// How many time-outs in a row are too many; 3 by default. Their requests must have been sent
-    /// over at least an attempt timeout, since a burst that times out together is one event. A
+    /// over at least an attempt timeout, since a burst that times out together is one event; so 1 is as good as 2. A
     /// [`Pipelined`](crate::Pipelined) transport counts them connection by connection, and closes
     /// the connection; around any other service they open the breaker.
     #[must_use]
@@ -144,7 +144,7 @@ impl BreakerSettings {
     }
 
     /// Which share of requests, in percent, may fail by the node's fault over the last 10 s; from
-    /// 50 % on it opens. Over 100 is never. The failed ones must have been sent over at least eight
+    /// that on, 50 % by default, it opens. Over 100 is never. The failed ones must have been sent over at least eight
     /// attempt timeouts, or a second if that is less.
     #[must_use]
     pub fn failure_rate(mut self, percent: u32) -> Self {
@@ -152,7 +152,8 @@ impl BreakerSettings {
         self
     }
 
-    /// Which share of requests, in percent, may be slow over the last 10 s; from 80 % on it opens.
+    /// Which share of requests, in percent, may be slow over the last 10 s; from that on, 80 % by
+    /// default, it opens.
     /// Over 100 is never. The slow ones must have been sent over a second or more.
     #[must_use]
     pub fn slow_call_rate(mut self, percent: u32) -> Self {

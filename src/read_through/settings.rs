@@ -175,8 +175,8 @@ impl ReadThroughSettings {
         self
     }
 
-    /// How many writes of loaded values may be under way behind the answers; 256 by default. What
-    /// exceeds it is not put back, and counted.
+    /// How many writes of loaded values may be under way behind the answers; 256 by default, of a
+    /// client and of each of its groups. What exceeds it is not put back, and counted.
     #[must_use]
     pub fn max_refills(mut self, refills: usize) -> Self {
         self.max_refills = refills;
