@@ -171,7 +171,8 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
-    /// How many connections to each node; 1 by default (see [`PipelinedSettings::connections`]).
+    /// How many connections to each node; 1 by default (see
+    /// [`PipelinedSettings::connections`](crate::PipelinedSettings::connections)).
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
         self.config.connections = connections;
@@ -233,7 +234,8 @@ impl<L, N> ClientBuilder<L, N> {
     }
 
     /// With more than this share of the nodes out, rounded down, nothing is redistributed any more;
-    /// 50 % by default (see [`ClusterSettings::max_ejection_percent`]).
+    /// 50 % by default (see
+    /// [`ClusterSettings::max_ejection_percent`](crate::ClusterSettings::max_ejection_percent)).
     #[must_use]
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.config.max_ejection_percent = percent;
@@ -242,7 +244,8 @@ impl<L, N> ClientBuilder<L, N> {
 
     /// Whether a get that takes longer than 95 % of them is sent once more over another connection
     /// of the same node; not by default. It needs at least two
-    /// [`connections`](Self::connections) (see [`ClusterSettings::hedged_gets`]).
+    /// [`connections`](Self::connections) (see
+    /// [`ClusterSettings::hedged_gets`](crate::ClusterSettings::hedged_gets)).
     #[must_use]
     pub fn hedged_gets(mut self, hedged: bool) -> Self {
         self.config.hedged_gets = hedged;
