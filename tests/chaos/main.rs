@@ -6,4 +6,5 @@ mod callers;
 mod must_show;
 mod network;
 mod node;
+mod rolling;
 mod support;
