@@ -151,6 +151,27 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
         assert!(names.keys().any(|known| known.starts_with(name)), "{name}");
     }
 
+    // Of a node that is gone nothing is shown, at once and from then on.
+    until("its connection shows", || {
+        recorder.told(&[telemetry::CONNECTIONS, &node]) > 0
+    })
+    .await;
+    client.set_nodes([&addresses[0]]).unwrap();
+    let told = || {
+        let gauges = [
+            telemetry::IN_FLIGHT,
+            telemetry::QUEUE_DEPTH,
+            telemetry::CONNECTIONS,
+            telemetry::BREAKER_STATE,
+            telemetry::JOURNAL_KEYS,
+        ];
+        gauges.map(|gauge| recorder.told(&[gauge, &node]))
+    };
+    assert_eq!(told(), [0; 5]);
+    // Its keeper sets them each second.
+    sleep(Duration::from_millis(1500)).await;
+    assert_eq!(told(), [0; 5]);
+
     let names = recorder.0.lock().unwrap();
     assert!(
         names.keys().all(|name| !name.contains("secret")),

@@ -303,8 +303,26 @@ impl<S> Client<S> {
         Box::pin(events::of(self.shared.cluster.as_ref()))
     }
 
-    /// Replaces the nodes, at once for all clones. A node that stays keeps its connections and
-    /// its breaker; requests under way end where they are.
+    /// Replaces the nodes, at once for all clones. Only the keys move that the ring says must. A node
+    /// that stays, by name and address, keeps its connections and its breaker, whatever its weight
+    /// becomes.
+    ///
+    /// A node that is taken out gets no more requests. What it has been sent ends there, within an
+    /// attempt's time; what was queued for it, and who waits for it, goes where its key belongs now.
+    /// Then its connections and tasks are gone, after an attempt's time at the latest.
+    ///
+    /// # What may not be read any more
+    /// A key that moves and comes back is not read as it was before it moved, if this client has
+    /// changed it since; nor is it from a server that comes back into the list. For that the last
+    /// eight other lists are remembered (a list that comes and goes counts once), and as many keys
+    /// for each server as its journal holds. While there are any, each write of a key that belonged
+    /// to another node in one of them deletes it there, too.
+    ///
+    /// A server of which its journal could not hold all comes back with its circuit breaker open, as
+    /// after an outage: see [`JournalOverflow`](crate::JournalOverflow).
+    ///
+    /// Not known is what a server got as part of a list that has been forgotten, or before this
+    /// process began, and that two addresses are one server's. Flush such a server before you add it.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if an address is none, there are no nodes or one is

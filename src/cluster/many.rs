@@ -288,6 +288,9 @@ pub(super) struct Every<S: Service<Request>> {
 impl<S: Service<Request> + Clone> Every<S> {
     pub(super) fn new(shared: &Arc<Shared<S>>, request: &Request) -> Self {
         let topology = shared.topology();
+        if matches!(request.operation(), Operation::FlushAll) {
+            topology.flush_former();
+        }
         let attempt = |node: &Node<S>| Box::pin(NodeFuture::new(node, request.clone()));
         let nodes = topology.members().iter().map(|member| &member.node);
         let attempts: Vec<_> = nodes.map(|node| Some(attempt(node))).collect();

@@ -330,7 +330,8 @@ impl<S> fmt::Debug for Cluster<S> {
 
 impl<S> Cluster<S> {
     /// A cluster of the nodes that `factory` makes of `specs`. It is kept, for nodes that come
-    /// later ([`set_nodes`](Self::set_nodes)).
+    /// later ([`set_nodes`](Self::set_nodes)): it must make a new node each time, and not itself
+    /// replace the nodes.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`] if there are no nodes, one is there twice or has the
@@ -426,8 +427,8 @@ impl<S> Cluster<S> {
         &self.shared.kill_switch
     }
 
-    /// Replaces the nodes. One with the same name and address as before keeps its connections and
-    /// its breaker; requests under way end where they are.
+    /// Replaces the nodes, as [`Client::set_nodes`](crate::Client::set_nodes) says. One with the same
+    /// name and address as before stays the node that it is.
     ///
     /// # Errors
     /// As for [`Cluster::new`]; the nodes then stay as they were.

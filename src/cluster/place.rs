@@ -4,10 +4,11 @@
 //! may hold something older than what this client has written. With redistribution the next node on
 //! the ring that has none of these troubles answers instead.
 //!
-//! Two rules keep an old value from being read (guarantee G7). A write that lands anywhere is
+//! Three rules keep an old value from being read (guarantee G7). A write that lands anywhere is
 //! entered first in the journal of every node before that on the key's way round the ring, for
 //! these will be asked again once they are back. And of every node behind it that may have answered
-//! for the key lately, for it may be asked again in the next outage.
+//! for the key lately, for it may be asked again in the next outage. And of every server that was
+//! the key's home when there were other nodes, or stood in for that lately, for these may be again.
 
 use super::topology::Topology;
 use super::{FailureMode, Shared, Tries};

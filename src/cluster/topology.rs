@@ -1,4 +1,8 @@
 //! Which nodes there are, as one immutable snapshot that is swapped as a whole.
+//!
+//! A key that moves to another node leaves its old value behind. So a snapshot remembers a few
+//! former [`Layout`]s, and with them the [`Book`]s of servers that are no nodes any more: a write
+//! outdates its key wherever it was before.
 
 use std::sync::Arc;
 
@@ -185,6 +189,13 @@ impl<S> Topology<S> {
         }
     }
 
+    /// Everything is being flushed: what servers have that are none of the nodes now goes, too, before
+    /// they are asked again.
+    pub(super) fn flush_former(&self) {
+        let servers = self.formers.iter().flat_map(|former| &former.servers);
+        servers.for_each(|server| server.book.flush_if_away());
+    }
+
     /// Whether more nodes are out than others may stand in for.
     pub(super) fn too_many_open(&self, max_ejection_percent: u32) -> bool {
         let open = self.members.iter().filter(|member| member.node.is_open());
@@ -242,5 +253,84 @@ impl Layout {
         };
         self.servers.len() == other.servers.len()
             && self.continuum.is_same(&other.continuum, is_same)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Executor;
+    use crate::node::NodeSettings;
+    use crate::request::Request;
+    use crate::response::Response;
+    use tower::util::BoxCloneSyncService;
+
+    type Service = BoxCloneSyncService<Request, Response, Error>;
+
+    fn member(number: usize, weight: u32) -> Member<Service> {
+        let never = tower::service_fn(|_: Request| std::future::pending());
+        let spec = NodeSpec::new(&format!("node-{number}")).unwrap();
+        let service = BoxCloneSyncService::new(never);
+        let settings = NodeSettings::default();
+        let node = Node::new(spec.name.clone(), service, settings, &Executor::current());
+        Member {
+            spec: spec.with_weight(weight),
+            node: node.unwrap(),
+        }
+    }
+
+    fn again(member: &Member<Service>, weight: u32) -> Member<Service> {
+        Member {
+            spec: member.spec.clone().with_weight(weight),
+            node: member.node.clone(),
+        }
+    }
+
+    #[test]
+    fn lists_that_come_and_go_are_remembered_once() {
+        let ring = Ring::default();
+        let all: Vec<_> = (0..4).map(|number| member(number, 1)).collect();
+        let of = |places: &[usize], weight| -> Vec<_> {
+            let member = |&place: &usize| again(&all[place], weight);
+            places.iter().map(member).collect()
+        };
+        let mut topology = Topology::new(&ring, of(&[0, 1], 1));
+        for _ in 0..20 {
+            // The same in another order, and with weights in the same proportion.
+            for (places, weight) in [(&[0, 1, 2][..], 1), (&[2, 1, 0], 2), (&[1, 0], 3)] {
+                topology = topology.followed_by(&ring, of(places, weight));
+            }
+        }
+        assert_eq!(topology.formers.len(), 1);
+        assert_eq!(topology.formers[0].servers.len(), 3);
+        for number in 4..100 {
+            let mut members = of(&[0, 1], 1);
+            members.push(member(number, 1));
+            topology = topology.followed_by(&ring, members);
+        }
+        assert_eq!(topology.formers.len(), FORMERS);
+        assert!(topology.book_of(&"node-2".parse().unwrap()).is_none());
+        assert!(topology.book_of(&"node-98".parse().unwrap()).is_some());
+    }
+
+    #[test]
+    fn books_that_have_moved_are_followed_and_do_not_pile_up() {
+        let ring = Ring::default();
+        let stays = member(0, 1);
+        let mut topology = Topology::new(&ring, vec![again(&stays, 1), member(1, 1)]);
+        let first = topology.members()[1].node.shared().book().clone();
+        for _ in 0..20 {
+            topology = topology.followed_by(&ring, vec![again(&stays, 1)]);
+            let back = member(1, 1);
+            let book = topology.book_of(&back.spec.address).unwrap();
+            back.node.shared().take_over(book);
+            topology = topology.followed_by(&ring, vec![again(&stays, 1), back]);
+        }
+        assert_eq!(topology.formers.len(), 1);
+        let last = topology.members()[1].node.shared().book().clone();
+        assert!(Arc::ptr_eq(&first.current(), &last));
+        let key = Key::new("k").unwrap();
+        first.outdate(&key, Reason::Outdated);
+        assert!(topology.members()[1].node.shared().is_outdated(&key));
     }
 }

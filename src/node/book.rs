@@ -125,6 +125,18 @@ impl Book {
         self.current().leftovers.may_hold(key)
     }
 
+    /// Everything is being flushed: if the server is none of the nodes now, it is once it is again.
+    pub(crate) fn flush_if_away(&self) {
+        let place = self.place();
+        if let Place::Here(node) = &*place {
+            let node = node.upgrade();
+            if node.as_ref().is_none_or(|node| node.is_retired()) {
+                self.want_flush(true);
+            }
+            drop(place);
+        }
+    }
+
     pub(super) fn flush_wanted(&self) -> bool {
         self.flush_wanted.load(Ordering::Acquire)
     }

@@ -494,6 +494,59 @@ mod tests {
     }
 
     #[test]
+    fn what_is_taken_over_is_deleted_and_what_is_in_doubt_twice() {
+        let (from, to, now) = (Journal::new(9), Journal::new(9), Instant::now());
+        recorded(&from, &key(0), Reason::Outdated);
+        recorded(&from, &key(1), Reason::InDoubt);
+        recorded(&from, &key(2), Reason::Lingering);
+        recorded(&from, &key(3), Reason::Outdated);
+        let hold = from.hold(&key(3)).unwrap();
+        // One has been deleted once.
+        let taken = from.take(2, now);
+        taken
+            .iter()
+            .for_each(|deletion| from.deleted(deletion, now));
+        recorded(&from, &key(0), Reason::Outdated);
+        to.take_over(&from);
+        assert_eq!((from.len(), to.len()), (0, 4));
+        assert!(!from.release(&key(3), hold, true));
+        let first = to.take(9, now);
+        assert_eq!(first.len(), 4);
+        first.iter().for_each(|deletion| to.deleted(deletion, now));
+        assert!(!to.holds(&key(0)));
+        // The end of a doubt is told to whoever has taken it over.
+        to.lingered(&key(2), true);
+        assert_eq!(keys_of(&to.take(9, now)), [key(2)]);
+        assert_eq!(to.take(9, now + GRACE).len(), 2, "the others a second time");
+        assert!(!to.has_overflowed());
+    }
+
+    #[test]
+    fn a_journal_that_overflows_while_its_server_is_away_keeps_what_is_in_doubt_only() {
+        let (journal, now) = (Journal::new(3), Instant::now());
+        recorded(&journal, &key(0), Reason::Outdated);
+        journal.goes_away();
+        recorded(&journal, &key(1), Reason::InDoubt);
+        recorded(&journal, &key(2), Reason::Outdated);
+        assert_eq!(
+            journal.record(&key(3), Reason::Outdated),
+            Recorded::Overflow { first: true }
+        );
+        recorded(&journal, &key(4), Reason::Outdated);
+        recorded(&journal, &key(5), Reason::InDoubt);
+        assert_eq!(journal.len(), 2);
+        let next = Journal::new(3);
+        next.take_over(&journal);
+        assert!(next.has_overflowed());
+        let mut deleted = keys_of(&next.take(9, now));
+        deleted.sort_by_key(|key| key.as_bytes().to_vec());
+        assert_eq!(deleted, [key(1), key(5)]);
+        // From now on everything is recorded again, for it may come after the flush.
+        recorded(&next, &key(6), Reason::Outdated);
+        assert!(next.holds(&key(6)));
+    }
+
+    #[test]
     fn what_lingers_is_deleted_again_when_its_connection_has_ended_and_not_before() {
         let (journal, key, now) = (Journal::new(9), key(0), Instant::now());
         recorded(&journal, &key, Reason::Lingering);

@@ -1,6 +1,8 @@
 //! The keeper of a node: the one task that probes it, brings it back, deletes what its journal
 //! names, and keeps its metrics.
 //!
+//! When the node is taken out of the cluster it closes its connections, and ends.
+//!
 //! It is started with the node, or by the first request where the runtime is not known before, and
 //! started again should it ever die. Between its rounds it holds on to nothing, so that a node goes
 //! when its last handle does.

@@ -124,4 +124,18 @@ mod tests {
             "there is room again"
         );
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_left_is_taken_over() {
+        let key = |n: usize| Key::new(format!("k{n}")).unwrap();
+        let (from, to) = (Leftovers::new(1), Leftovers::new(9));
+        from.leave(&key(0), Duration::from_secs(60));
+        to.take_over(&from);
+        assert!(to.may_hold(&key(0)) && !to.may_hold(&key(1)));
+        from.leave(&key(1), Duration::from_secs(90));
+        to.take_over(&from);
+        assert!(to.may_hold(&key(2)), "one was not kept, and may be any");
+        tokio::time::advance(Duration::from_secs(96)).await;
+        assert!(!to.may_hold(&key(0)));
+    }
 }

@@ -228,6 +228,22 @@ async fn a_server_that_was_restarted_while_it_was_away_need_not_be_flushed() {
     assert_eq!(servers[0].commands_named("flush_all"), 0);
 }
 
+#[tokio::test]
+async fn what_is_flushed_is_flushed_on_a_server_that_is_away_as_well() {
+    let servers = servers(2).await;
+    let client = patient(&servers).build().unwrap();
+    let key = &keys_of(&servers, 0, 1)[0];
+    client.set(key, "1", Ttl::NEVER).await.unwrap();
+    client.set_nodes(addresses(&servers[1..])).unwrap();
+    let _ = client.flush_all().await;
+    assert!(servers[0].peek(key.as_bytes()).is_some());
+    client.set_nodes(addresses(&servers)).unwrap();
+    assert_eq!(read(&client, key).await, None);
+    until_closed(&client, 0).await;
+    assert_eq!(read(&client, key).await, None);
+    assert_eq!(servers[0].commands_named("flush_all"), 1);
+}
+
 /// The first connection to the first server loses its way, until it is let go.
 struct Detour {
     direct: InMemory,
