@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::future::pending;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Barrier, Condvar, Mutex};
@@ -17,8 +18,8 @@ use tower::Service;
 use tower_memcached::testing::Server;
 use tower_memcached::{
     Address, BlockingLoader, BoxStream, BreakerState, Client, ClientBuilder, Connecting, Connector,
-    ErrorKind, Executor, Key, Loader, Operation, Payload, ProbeSettings, ReadThroughLayer, Request,
-    SystemConnector, Ttl,
+    ErrorKind, Executor, Key, LoadGuard, LoadLimits, Loader, Operation, Payload, ProbeSettings,
+    ReadThroughLayer, ReadThroughSettings, Request, SystemConnector, Ttl,
 };
 
 use crate::support::{PATIENCE, addresses, keys_of, servers};
@@ -84,6 +85,39 @@ fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
+/// Runs what is judged by its time-outs, and once more if it fails while the machine stands still: a
+/// thread that only sleeps was then woken late by more than anything here has to spare.
+fn judged(scenario: impl Fn()) {
+    const RUNS: usize = 3;
+    const TICK: Duration = ms(5);
+    const STANDS_STILL: Duration = ms(50);
+    for run in 1..=RUNS {
+        let over = Arc::new(AtomicBool::new(false));
+        let watch = thread::spawn({
+            let over = over.clone();
+            move || {
+                let mut longest = Duration::ZERO;
+                while !over.load(Ordering::Relaxed) {
+                    let before = Instant::now();
+                    wait(TICK);
+                    longest = longest.max(before.elapsed().saturating_sub(TICK));
+                }
+                longest
+            }
+        });
+        let outcome = catch_unwind(AssertUnwindSafe(&scenario));
+        over.store(true, Ordering::Relaxed);
+        let stood_still = watch.join().unwrap();
+        match outcome {
+            Ok(()) => return,
+            Err(_) if run < RUNS && stood_still > STANDS_STILL => {
+                println!("the machine stood still for {stood_still:?}: once more");
+            }
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+}
+
 /// How many threads of this process have a name that begins like this. Linux shows 15 bytes.
 fn threads(name: &str) -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
@@ -104,8 +138,9 @@ fn p99(latencies: &mut [Duration]) -> Duration {
     latencies[latencies.len() * 99 / 100]
 }
 
-/// What a busy machine does not reach by itself, and a thread that is blocked for 200 ms does.
-const TIMEOUT: Duration = ms(150);
+/// What a busy machine does not reach by itself, and who is blocked for `BLOCKED` does.
+const TIMEOUT: Duration = ms(500);
+const BLOCKED: Duration = ms(600);
 
 fn client(servers: &[Server], executor: Executor) -> ClientBuilder {
     Client::builder()
@@ -117,9 +152,13 @@ fn client(servers: &[Server], executor: Executor) -> ClientBuilder {
 
 #[test]
 fn an_application_that_blocks_all_its_threads_makes_no_io_late_and_loses_no_reply() {
+    judged(a_blocked_application);
+}
+
+fn a_blocked_application() {
     const KEYS: usize = 200;
-    const ROUNDS: usize = 12;
-    const PERIOD: Duration = ms(40);
+    const ROUNDS: usize = 6;
+    const PERIOD: Duration = ms(100);
     let (elsewhere, application) = (elsewhere(), Application::start());
     let servers = elsewhere.block_on(servers(3));
     for server in &servers {
@@ -135,7 +174,7 @@ fn an_application_that_blocks_all_its_threads_makes_no_io_late_and_loses_no_repl
         let read = futures::executor::block_on(client.get(format!("k{n}")));
         assert_eq!(read.unwrap().unwrap(), *value(n));
     }
-    assert_eq!(threads("isolated-"), 2);
+    until("there are two threads", || threads("isolated-") == 2);
     let connected: Vec<_> = servers.iter().map(Server::connections_accepted).collect();
     let probed = || -> Vec<u64> { servers.iter().map(|s| s.commands_named("ms")).collect() };
     let probed_before = probed();
@@ -178,7 +217,7 @@ fn an_application_that_blocks_all_its_threads_makes_no_io_late_and_loses_no_repl
     let begun = Instant::now();
     for _ in 0..ROUNDS {
         let blocked = application.block();
-        wait(ms(200));
+        wait(BLOCKED);
         drop(blocked);
         wait(ms(20));
     }
@@ -200,7 +239,7 @@ fn an_application_that_blocks_all_its_threads_makes_no_io_late_and_loses_no_repl
     );
     let late = p99(&mut latencies);
     assert!(
-        latencies.len() > 200 && late < ms(75),
+        latencies.len() > 100 && late < TIMEOUT / 2,
         "{late:?} of {}",
         latencies.len()
     );
@@ -209,7 +248,7 @@ fn an_application_that_blocks_all_its_threads_makes_no_io_late_and_loses_no_repl
     for (before, now) in probed_before.iter().zip(probed()) {
         let sent = now - before;
         assert!(
-            sent > due / 2 && sent > 2 * ROUNDS as u64,
+            sent > due / 3 && sent > 2 * ROUNDS as u64,
             "{sent} of {due}"
         );
     }
@@ -222,10 +261,14 @@ fn an_application_that_blocks_all_its_threads_makes_no_io_late_and_loses_no_repl
 
 #[test]
 fn a_node_is_taken_out_and_brought_back_in_time_while_the_application_is_blocked() {
+    judged(a_stalled_node_and_a_blocked_application);
+}
+
+fn a_stalled_node_and_a_blocked_application() {
     let (elsewhere, application) = (elsewhere(), Application::start());
     let servers = elsewhere.block_on(servers(3));
     let client = client(&servers, Executor::dedicated("judges", 1))
-        .attempt_timeout(ms(50))
+        .attempt_timeout(ms(200))
         .build()
         .unwrap();
     let key = keys_of(&servers, 0, 1).remove(0);
@@ -240,8 +283,8 @@ fn a_node_is_taken_out_and_brought_back_in_time_while_the_application_is_blocked
     let blocked = application.block();
     let state = || client.nodes()[0].state;
     until("it is taken out", || state() == BreakerState::Open);
-    // The stall and the connect timeout of 100 ms each, and what a busy machine adds.
-    assert!(asked.elapsed() < ms(1_500), "{:?}", asked.elapsed());
+    // The stall and the connect timeout of 400 ms each, and what a busy machine adds.
+    assert!(asked.elapsed() < ms(3_000), "{:?}", asked.elapsed());
     servers[0].resume();
     until("it is back", || state() == BreakerState::Closed);
     drop(blocked);
@@ -287,13 +330,21 @@ const LOADERS: usize = 2;
 
 /// Reads that hit, with the loader's threads free and all blocked in turn.
 fn hits_do_not_notice<L: Loader>(gate: &Gate, layer: ReadThroughLayer<L>, executor: Executor) {
-    const TURNS: usize = 4;
+    const TURNS: usize = 3;
     let (elsewhere, application) = (elsewhere(), Application::start());
     let servers = elsewhere.block_on(servers(2));
     for server in &servers {
         server.insert("hit", "cached");
     }
-    let client = client(&servers, executor).layer(layer).build().unwrap();
+    // Half of a read's time is for the cache.
+    let layer = layer.timeout(TIMEOUT).unwrap();
+    // The guard would hold loads back that fail, before they block anything.
+    let limits = LoadLimits::default().without_throttle();
+    let guard = LoadGuard::new("gate", limits).unwrap();
+    let settings = ReadThroughSettings::default().guard(guard);
+    let layer = layer.settings(settings).unwrap();
+    let client = client(&servers, executor).timeout(TIMEOUT * 2);
+    let client = client.layer(layer).build().unwrap();
     let hits = || {
         let client = client.clone();
         let reads = application.0.spawn(async move {
@@ -342,35 +393,39 @@ fn hits_do_not_notice<L: Loader>(gate: &Gate, layer: ReadThroughLayer<L>, execut
 
 #[test]
 fn reads_that_hit_do_not_notice_that_all_threads_for_loads_are_blocked() {
-    let gate = Gate::default();
-    let layer = ReadThroughLayer::new(gate.clone(), Ttl::secs(60));
-    let layer = layer.executor(&Executor::dedicated("loads", LOADERS));
-    hits_do_not_notice(&gate, layer.unwrap(), Executor::dedicated("hits", 1));
+    judged(|| {
+        let gate = Gate::default();
+        let layer = ReadThroughLayer::new(gate.clone(), Ttl::secs(60));
+        let layer = layer.executor(&Executor::dedicated("loads", LOADERS));
+        hits_do_not_notice(&gate, layer.unwrap(), Executor::dedicated("hits", 1));
+    });
 }
 
 #[test]
 fn one_executor_for_both_has_threads_apart_for_io_and_for_loads() {
-    let (gate, both) = (
-        Gate::default(),
-        Executor::dedicated("io-and-loads", LOADERS),
-    );
-    let layer = ReadThroughLayer::new(gate.clone(), Ttl::secs(60));
-    hits_do_not_notice(&gate, layer.executor(&both).unwrap(), both);
+    judged(|| {
+        let (gate, both) = (
+            Gate::default(),
+            Executor::dedicated("io-and-loads", LOADERS),
+        );
+        let layer = ReadThroughLayer::new(gate.clone(), Ttl::secs(60));
+        hits_do_not_notice(&gate, layer.executor(&both).unwrap(), both);
+    });
 }
 
 #[test]
 fn reads_that_hit_do_not_notice_that_a_blocking_loader_is_full() {
-    let gate = Gate::default();
-    let load = {
-        let gate = gate.clone();
-        move |_: &Key| {
-            gate.pass();
+    judged(|| {
+        let gate = Gate::default();
+        let asked = gate.clone();
+        let load = move |_: &Key| {
+            asked.pass();
             Ok::<_, std::io::Error>(Some("loaded"))
-        }
-    };
-    let loader = BlockingLoader::new("blocking", LOADERS, load).unwrap();
-    let layer = ReadThroughLayer::new(loader, Ttl::secs(60));
-    hits_do_not_notice(&gate, layer, Executor::dedicated("hits-blocking", 1));
+        };
+        let loader = BlockingLoader::new("blocking", LOADERS, load).unwrap();
+        let layer = ReadThroughLayer::new(loader, Ttl::secs(60));
+        hits_do_not_notice(&gate, layer, Executor::dedicated("hits-blocking", 1));
+    });
 }
 
 /// Blocks whoever puts something back.
