@@ -259,6 +259,7 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use crate::executor::Executor;
     use crate::node::NodeSettings;
     use crate::request::Request;
