@@ -304,7 +304,9 @@ impl Loader for Database {
 async fn a_shared_loader_under_a_whole_stack() {
     let server = server().await;
     let loads = Arc::new(AtomicUsize::new(0));
+    // A look-up that ran out of time would be no reason to put anything back.
     let layer = ReadThroughLayer::new(Database(loads.clone()), Ttl::secs(60));
+    let layer = layer.timeout(Duration::from_secs(5)).unwrap();
     let client = patient(std::slice::from_ref(&server))
         .layer(layer)
         .build()
