@@ -30,7 +30,7 @@ use self::reconfigure::{Declared, Reconfigure, Timeout};
 use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
 use crate::config::Config;
-use crate::error::{BoxError, Error, Result};
+use crate::error::{BoxError, Error, Invalid, Result};
 use crate::executor::{Spawner, after};
 use crate::group::{Group, GroupStatus};
 use crate::kill_switch::KillSwitch;
@@ -132,8 +132,13 @@ impl<S> Client<S> {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration), naming the setting that makes no sense.
-    pub fn with_read_through(self, settings: ReadThroughSettings) -> Result<Self> {
+    pub fn with_read_through(self, mut settings: ReadThroughSettings) -> Result<Self> {
         settings.validate()?;
+        if let Some(name) = settings.database_name() {
+            let guard = self.load_guard(name);
+            let unknown = || Invalid::new("database", format!("there is no {name:?}"));
+            settings = settings.clone().guard(guard.ok_or_else(unknown)?);
+        }
         let shared = Shared {
             reads: self.shared.reads.with_settings(settings),
             ..self.shared.again()

@@ -14,7 +14,7 @@ use tower::{Layer, Service};
 use super::engine::{Cache, Engine, Means, Query};
 use super::loads::shared;
 use super::settings::ReadThroughSettings;
-use crate::error::{BoxError, Error, Result};
+use crate::error::{BoxError, Error, Invalid, Result};
 use crate::executor::{Executor, Spawner, after};
 use crate::key::Key;
 use crate::request::{Operation, Purpose, Request};
@@ -107,6 +107,10 @@ impl<L: Loader> ReadThroughLayer<L> {
     /// setting that makes no sense.
     pub fn settings(mut self, settings: ReadThroughSettings) -> Result<Self> {
         settings.validate()?;
+        if settings.database_name().is_some() {
+            let why = "is known to a client only: give the layer its guard";
+            return Err(Invalid::new("database", why).into());
+        }
         self.settings = settings;
         Ok(self)
     }
