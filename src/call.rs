@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
+use tokio::task::coop::poll_proceed;
 use tokio::time::{Instant, Sleep};
 use tower::Service;
 
@@ -73,6 +74,8 @@ where
     type Output = Result<Response>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        // Whoever never has to wait, for a switch is thrown or a node is out, has to let others go on.
+        let coop = ready!(poll_proceed(cx));
         let mut this = self.project();
         // The service before the timer: at the deadline it may know more than that it has passed
         // (the node, whether it was sent, half of a multi-key read).
@@ -117,6 +120,7 @@ where
             }
         };
         this.step.set(Step::Done);
+        coop.made_progress();
         Poll::Ready(outcome)
     }
 }
