@@ -9,7 +9,7 @@ use std::time::Duration;
 use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
 use tokio::time::{Instant, sleep};
 use tower_memcached::testing::Server;
-use tower_memcached::{BreakerState, Client, GroupLayer, OnFailure, Ttl, telemetry};
+use tower_memcached::{BreakerState, Client, GroupLayer, GroupSettings, OnFailure, Ttl, telemetry};
 
 /// What has been told, by name and labels.
 #[derive(Clone, Default)]
@@ -78,6 +78,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
         .nodes(&addresses)
         .attempt_timeout(Duration::from_millis(100))
         .timeout(Duration::from_secs(2))
+        .group("carts", GroupSettings::default().prefix("secret-"))
         .build()
         .unwrap();
     let keys: Vec<_> = (0..30).map(|n| format!("secret-{n}")).collect();
@@ -115,6 +116,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
 
     reads_that_load(&client, &recorder).await;
     claims(&client, &recorder).await;
+    bypasses(&client, &recorder).await;
 
     servers[1].stall();
     let node = format!("node={}", addresses[1]);
@@ -225,4 +227,39 @@ async fn claims(client: &Client, recorder: &Recorder) {
         let counted = recorder.told(&[telemetry::CLAIMS, &format!("result={result}")]);
         assert_eq!(counted, 1, "{result}");
     }
+}
+
+/// What a thrown switch keeps from the cache is counted: by group, or for the whole client.
+async fn bypasses(client: &Client, recorder: &Recorder) {
+    let carts = client.group("carts").unwrap();
+    let bypassed = |group: &str, operation: &str| {
+        let (group, operation) = (format!("group={group}"), format!("operation={operation}"));
+        recorder.told(&[telemetry::BYPASSED, &group, &operation])
+    };
+    let use_it = || async {
+        for _ in 0..3 {
+            carts.set("cart", "v", Ttl::NEVER).await.unwrap();
+            carts.delete("cart").await.unwrap();
+            carts.get("cart").await.unwrap();
+        }
+        let _ = carts.add("cart", "v", Ttl::NEVER).await;
+        let load = || async { Ok::<_, std::io::Error>(Some("v")) };
+        carts.get_or_load("cart", Ttl::NEVER, load).await.unwrap();
+        carts.version().await.unwrap();
+    };
+    use_it().await;
+    assert_eq!(recorder.told(&[telemetry::BYPASSED]), 0);
+    let (own, whole) = (carts.kill_switch().unwrap(), client.kill_switch().unwrap());
+    for (switch, group) in [(own, "carts"), (whole, "client")] {
+        switch.throw();
+        use_it().await;
+        switch.reset();
+        for (operation, times) in [("set", 3), ("delete", 3), ("get", 3), ("add", 1)] {
+            assert_eq!(bypassed(group, operation), times, "{group}: {operation}");
+        }
+        assert_eq!(bypassed(group, "version"), 0);
+    }
+    let before = recorder.told(&[telemetry::BYPASSED]);
+    use_it().await;
+    assert_eq!(recorder.told(&[telemetry::BYPASSED]), before);
 }

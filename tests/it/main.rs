@@ -6,10 +6,12 @@ mod claims;
 mod deadlines;
 mod failure_modes;
 mod fallback;
+mod groups;
 mod health;
 mod interleavings;
 #[cfg(target_os = "linux")]
 mod isolation;
+mod kill_switches;
 mod layers;
 mod lifecycle;
 mod nodes;
