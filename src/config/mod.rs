@@ -170,17 +170,15 @@ impl Default for Config {
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize, serde::Deserialize),
-    serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)
+    serde(tag = "kind", rename_all = "snake_case", try_from = "data::Executor")
 )]
 #[non_exhaustive]
 pub enum ExecutorConfig {
     /// [`Executor::dedicated`].
     Dedicated {
         /// What its threads are named; `memcached-io` by default.
-        #[cfg_attr(feature = "serde", serde(default = "io_threads"))]
         name: String,
         /// How many there are; 1 by default.
-        #[cfg_attr(feature = "serde", serde(default = "one"))]
         threads: usize,
     },
     /// [`Executor::current`].
@@ -188,13 +186,49 @@ pub enum ExecutorConfig {
 }
 
 #[cfg(feature = "serde")]
-fn io_threads() -> String {
-    "memcached-io".to_owned()
-}
+mod data {
+    use super::ExecutorConfig;
 
-#[cfg(feature = "serde")]
-fn one() -> usize {
-    1
+    /// What serde would derive does not refuse fields beside a kind that has none.
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub(super) struct Executor {
+        kind: Kind,
+        name: Option<String>,
+        threads: Option<usize>,
+    }
+
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Kind {
+        Dedicated,
+        Current,
+    }
+
+    impl TryFrom<Executor> for ExecutorConfig {
+        type Error = &'static str;
+
+        fn try_from(executor: Executor) -> Result<Self, Self::Error> {
+            let Executor {
+                kind,
+                name,
+                threads,
+            } = executor;
+            match kind {
+                Kind::Dedicated => Ok(Self::Dedicated {
+                    name: name.unwrap_or_else(|| "memcached-io".to_owned()),
+                    threads: threads.unwrap_or(1),
+                }),
+                Kind::Current if name.is_some() => {
+                    Err("unknown field `name` of the kind `current`")
+                }
+                Kind::Current if threads.is_some() => {
+                    Err("unknown field `threads` of the kind `current`")
+                }
+                Kind::Current => Ok(Self::Current),
+            }
+        }
+    }
 }
 
 impl ExecutorConfig {

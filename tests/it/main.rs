@@ -3,6 +3,7 @@
 #![cfg(feature = "testing")]
 
 mod claims;
+mod config;
 mod deadlines;
 mod failure_modes;
 mod fallback;
