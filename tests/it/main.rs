@@ -19,6 +19,7 @@ mod nodes;
 mod operations;
 mod read_through;
 mod real_memcached;
+mod reconfigure;
 mod shutdown;
 mod sockets;
 mod staleness;
