@@ -94,7 +94,7 @@ where
     ///
     /// Whatever keeps the cache from answering goes to the policy: a node that is out, time-outs,
     /// overload, a thrown [kill switch](crate::KillSwitch), lost connections, server errors, a layer's
-    /// own error, a client that is shut down. Why is in [`Claim::error`].
+    /// own error. Why is in [`Claim::error`].
     ///
     /// If it is not known whether the claim was stored ([`Sent::Maybe`]: its answer was lost, say), the
     /// key is read once in the time that is left. What is there tells who has claimed it; if that
@@ -128,7 +128,9 @@ where
     /// Only a [caller's mistake](Error::is_caller_mistake):
     /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey),
     /// [`ErrorKind::ValueTooLarge`](crate::ErrorKind::ValueTooLarge) if not even 32 bytes may be
-    /// stored, [`ErrorKind::NoRuntime`](crate::ErrorKind::NoRuntime).
+    /// stored, [`ErrorKind::NoRuntime`](crate::ErrorKind::NoRuntime). And
+    /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) of one that begins after a
+    /// [shutdown](Self::shutdown) has.
     ///
     /// # Deadline
     /// It ends within the client's timeout, the read in doubt included; a group's own timeout holds for
@@ -137,6 +139,7 @@ where
     /// # Cancel safety
     /// When dropped it may or may not have claimed the key: see above.
     pub async fn claim(&self, key: impl IntoKey, ttl: Ttl, failure: OnFailure) -> Result<Claim> {
+        let _operating = self.shared.reads.tracker().operate()?;
         let claim = match self.try_claim(key.into_key()?, ttl).await? {
             Ok(claim) => claim,
             Err(error) => {
@@ -203,6 +206,7 @@ where
         Fut: Future<Output = Result<bool, E>>,
         E: Into<BoxError>,
     {
+        let _operating = self.shared.reads.tracker().operate()?;
         let error = match self.try_claim(key.into_key()?, ttl).await? {
             Ok(claim) => return Ok(claim),
             Err(error) => error,
@@ -245,7 +249,7 @@ where
             payload: Payload::from(token),
             ttl,
         });
-        match self.call(add.with_deadline(ends)).await? {
+        match self.perform(add.with_deadline(ends)).await? {
             Response::Stored(stored) => Ok(stored),
             other => Err(misfit(&other)),
         }
@@ -262,7 +266,7 @@ where
             key,
             with_cas: true,
         });
-        match self.call(read.with_deadline(ends)).await {
+        match self.driven(read.with_deadline(ends)).await {
             Ok(Response::Value(Some(found))) if found == *token => Some(Claim::First),
             Ok(Response::Value(Some(_))) => Some(Claim::Seen),
             _ => None,

@@ -181,8 +181,39 @@ async fn whatever_keeps_the_cache_from_answering_is_the_policys() {
     until_closed(&all, 0).await;
     assert!(matches!(claim(&all, OnFailure::Deny).await, Claim::First));
 
-    all.shutdown(Duration::ZERO).await;
-    decided_otherwise(&all.boxed(), ErrorKind::Shutdown).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_waits_for_a_fallback_and_no_claim_begins_after_it() {
+    let server = Server::new();
+    let all = client(&server);
+    server.refuse();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let claiming = |client: Client| {
+        let asked = asked.clone();
+        async move {
+            let fallback = |_| async move {
+                asked.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                Ok::<_, Error>(true)
+            };
+            client.claim_or_else("k", TTL, fallback).await
+        }
+    };
+    let under_way = tokio::spawn(claiming(all.clone()));
+    eventually("the fallback is asked", || {
+        asked.load(Ordering::Relaxed) == 1
+    })
+    .await;
+    let report = all.shutdown(Duration::from_millis(100)).await;
+    assert_eq!((report.requests, report.loads), (0, 1), "{report}");
+    let ended = under_way.await.unwrap().unwrap_err();
+    assert_eq!(ended.kind(), ErrorKind::Shutdown);
+    let late = claiming(all.clone()).await.unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::Shutdown);
+    let late = all.claim("k", TTL, OnFailure::Allow).await.unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::Shutdown);
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test(start_paused = true)]

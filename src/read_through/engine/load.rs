@@ -111,9 +111,21 @@ impl Engine {
     {
         let spawner = self.means.spawner.as_ref();
         let ends = self.load_ends();
-        let permit = self.guard().enter(Patience::Until(ends), spawner).await?;
-        let begun = Instant::now();
-        match until(spawner, ends, async { work().await }).await? {
+        let tracker = &self.means.tracker;
+        let entering = self.guard();
+        let entering = entering.enter(Patience::Until(ends), spawner);
+        let Some(entered) = tracker.unless_closed(entering).await else {
+            return Err(shut_down());
+        };
+        let (permit, begun) = (entered?, Instant::now());
+        let _counted = tracker.count(Work::OwnLoad);
+        let work = tracker.unless_closed(async { work().await });
+        let Some(worked) = until(spawner, ends, work).await? else {
+            self.took_too_long(permit, begun);
+            let after = begun.elapsed();
+            return Err(failed(format!("the database did not answer in {after:?}")));
+        };
+        match worked {
             Some(Ok(answer)) => {
                 permit.succeeded();
                 Ok(answer)
@@ -122,11 +134,7 @@ impl Engine {
                 permit.failed();
                 Err(failed("the database was asked and failed").with_source(error))
             }
-            None => {
-                self.took_too_long(permit, begun);
-                let after = begun.elapsed();
-                Err(failed(format!("the database did not answer in {after:?}")))
-            }
+            None => Err(shut_down()),
         }
     }
 
