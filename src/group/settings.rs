@@ -114,7 +114,8 @@ impl GroupSettings {
 
     /// How many requests it may make each second; no limit by default. More fail at once with
     /// [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded). In any one second there are no more than
-    /// this and the [burst](Self::burst) together.
+    /// this and the [burst](Self::burst) together. A read that has to load makes up to three: the
+    /// look-up, the lease, and what is put back.
     #[must_use]
     pub fn rate(mut self, per_second: u32) -> Self {
         self.rate = Some(per_second);

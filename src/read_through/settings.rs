@@ -75,7 +75,8 @@ impl ReadThroughSettings {
     }
 
     /// The same by the name of a [database](crate::ClientBuilder::database) that the client knows. A
-    /// [`guard`](Self::guard) goes over it.
+    /// [`guard`](Self::guard) goes over it. A [`ReadThroughLayer`](crate::ReadThroughLayer), which knows
+    /// none, refuses it.
     #[must_use]
     pub fn database(mut self, name: impl Into<String>) -> Self {
         self.database = Some(name.into());
