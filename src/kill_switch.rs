@@ -17,7 +17,13 @@ use crate::telemetry;
 /// nothing back, and `set` succeeds with what it wrote gone at once. `replace`, `append`, `prepend`,
 /// `touch`, `delete`, `cas` and counters find nothing. `add`, whose success might be taken for a lock,
 /// fails with [`ErrorKind::Disabled`], and [`claim`](crate::Client::claim) goes to its policy. `version`,
-/// `stats` and `flush_all` are sent all the same: they are the operator's.
+/// `stats` and `flush_all` are sent all the same: they are the operator's. What is under way when it is
+/// thrown goes on, requests that wait for their node ([`FailureMode::Retry`](crate::FailureMode::Retry))
+/// included.
+///
+/// A group's switch is above the client's layers: a [`ReadThroughLayer`](crate::ReadThroughLayer) among
+/// them is not asked, and a miss is a miss. The client's switch is below them. A write that a layer between
+/// refuses to have noted fails with that layer's error.
 ///
 /// What was written while it is thrown is not read as it was before when the switch is reset: the keys
 /// go into the nodes' journals, and are deleted there, also while it is thrown. What counters, `append`
@@ -53,6 +59,11 @@ pub(crate) fn spares(request: &Request) -> bool {
         request.operation(),
         Operation::Version | Operation::FlushAll | Operation::Stats
     )
+}
+
+/// The answer to what is only to be taken note of.
+pub(crate) fn noted() -> Error {
+    Error::new(ErrorKind::Disabled, "it is only taken note of")
 }
 
 /// What becomes of a request whose switch is thrown, unless that [spares](spares) it.

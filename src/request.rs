@@ -432,7 +432,8 @@ impl Request {
 
     /// How long one attempt may take, where that is less than the node's own attempt timeout.
     pub(crate) fn with_attempt_timeout(mut self, timeout: Duration) -> Self {
-        self.attempt_timeout = Some(timeout);
+        let known = self.attempt_timeout.unwrap_or(timeout);
+        self.attempt_timeout = Some(known.min(timeout));
         self
     }
 

@@ -394,7 +394,8 @@ impl<L, N> ClientBuilder<L, N> {
             Node::over_transport(parts, node, &node_layer, times_attempts)
         };
         let routes = plan.groups.iter().map(GroupPlan::route);
-        let (routes, factory) = (routes.collect(), Arc::new(factory));
+        let routes = routes.collect::<Result<_, Invalid>>()?;
+        let factory = Arc::new(factory);
         let cluster = Cluster::from_factory(plan.cluster, nodes, routes, spawner.clone(), factory)?;
         cluster.kill_switch().set(config.killed);
 

@@ -182,8 +182,12 @@ impl<S> Client<S> {
     /// A functional group that was declared in the [builder](ClientBuilder::group): the same client for
     /// its keys, within its limits. As cheap as a clone; all that are had by one name are the same group.
     ///
-    /// A group's loads are its own: the same key read through the client and through the group is
-    /// loaded twice.
+    /// A group's loads are its own: the same key read through the client and through the group is loaded
+    /// twice. Without a prefix its keys are the client's; then what the one invalidates is not given out by
+    /// the other only with [leases](crate::ReadThroughSettings::leases), the default. Give groups prefixes.
+    ///
+    /// [`set_nodes`](Self::set_nodes) of a group is for one with nodes of its own, and
+    /// [`shutdown`](Self::shutdown) ends the whole client.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if there is none of that
@@ -255,7 +259,8 @@ impl<S> Client<S> {
     /// unchanged rates have counted stay.
     ///
     /// Everything is as `config` says, the default where it says nothing; a kill switch that was thrown
-    /// by hand too. Only the nodes stay if it has none, and so do guards where it names no database.
+    /// by hand too. Only the nodes stay if it has none, also those of a group (`nodes = []`); and the
+    /// client's guard where it names no database, which then is that of groups without one, too.
     /// Clients made by [`with_timeout`](Self::with_timeout) and
     /// [`with_read_through`](Self::with_read_through) keep what they were made with, and so does a
     /// [`ReadThroughLayer`](crate::ReadThroughLayer).
@@ -266,7 +271,8 @@ impl<S> Client<S> {
     /// client runs. Those are `executor`, `load_executor`, `ring`, `connections`, `max_value_size`,
     /// `journal.capacity`, which groups and databases there are, and of a group the prefix and whether it
     /// has nodes of its own. Also for a client made [`from_service`](Self::from_service).
-    /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once it is being [shut down](Self::shutdown).
+    /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once it is being [shut down](Self::shutdown);
+    /// [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded) while somebody else reconfigures it.
     pub fn reconfigure(&self, config: Config) -> Result<()> {
         if self.shared.reads.tracker().refuses() {
             return Err(shut_down());

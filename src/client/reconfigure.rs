@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
 use crate::cluster::{Cluster, Control};
 use crate::config::{Config, Plan};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::group;
 use crate::node::NodeSettings;
 use crate::read_through::{Engine, LoadGuard, LoadLimits, ReadThroughSettings};
@@ -106,7 +106,15 @@ pub(super) struct Live<S> {
 
 impl<S: Clone + Send + Sync> Reconfigure for Live<S> {
     fn reconfigure(&self, next: Config) -> Result<()> {
-        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever is woken by a change may want another one.
+        let mut config = match self.config.try_lock() {
+            Ok(config) => config,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                let message = "the client is being reconfigured by somebody else";
+                return Err(Error::new(ErrorKind::Overloaded, message));
+            }
+        };
         let plan = next.plan()?;
         config.can_become(&next)?;
         self.apply(&next, plan)?;
@@ -141,8 +149,8 @@ impl<S: Clone> Live<S> {
         for ((group, engine), plan) in self.groups.iter().zip(&plan.groups) {
             group.apply(&plan.settings);
             let own = plan.settings.read_through.as_ref();
-            let own = own.map(|own| self.guards.resolve(own));
-            engine.apply(own.unwrap_or_else(|| reads.clone()));
+            let own = own.map_or_else(|| reads.clone(), |own| self.guards.resolve(own));
+            engine.apply(own.guarded_by(|| self.reads.guard()));
         }
         self.cluster.kill_switch().set(next.killed);
         Ok(())

@@ -9,7 +9,7 @@ use crate::shutdown::{ShutdownReport, Until};
 
 impl<S> Client<S> {
     /// Ends everything, by then: this client, its clones, and what was derived from it by
-    /// [`layer`](Self::layer), [`with_timeout`](Self::with_timeout),
+    /// [`group`](Self::group), [`layer`](Self::layer), [`with_timeout`](Self::with_timeout),
     /// [`with_read_through`](Self::with_read_through) and [`boxed`](Self::boxed). Says what was
     /// abandoned.
     ///

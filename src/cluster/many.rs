@@ -15,7 +15,7 @@ use tower::Service;
 
 use super::place::{Errand, Placed};
 use super::route::Wait;
-use super::{After, Shared, Tries};
+use super::{After, Pool, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
 use crate::node::{Node, NodeFuture};
@@ -286,14 +286,20 @@ pub(super) struct Every<S: Service<Request>> {
 }
 
 impl<S: Service<Request> + Clone> Every<S> {
-    pub(super) fn new(shared: &Arc<Shared<S>>, request: &Request) -> Self {
-        let topology = shared.topology();
-        if matches!(request.operation(), Operation::FlushAll) {
-            topology.flush_former();
+    pub(super) fn new<'a>(pools: impl Iterator<Item = &'a Arc<Pool<S>>>, request: &Request) -> Self
+    where
+        S: 'a,
+    {
+        let mut attempts = Vec::new();
+        for pool in pools {
+            let topology = pool.topology.load();
+            if matches!(request.operation(), Operation::FlushAll) {
+                topology.flush_former();
+            }
+            let nodes = topology.members().iter().map(|member| &member.node);
+            let attempt = |node| Some(Box::pin(NodeFuture::new(node, request.clone())));
+            attempts.extend(nodes.map(attempt));
         }
-        let attempt = |node: &Node<S>| Box::pin(NodeFuture::new(node, request.clone()));
-        let nodes = topology.members().iter().map(|member| &member.node);
-        let attempts: Vec<_> = nodes.map(|node| Some(attempt(node))).collect();
         Self {
             deadline: request.deadline(),
             answers: attempts.iter().map(|_| None).collect(),

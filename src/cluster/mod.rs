@@ -34,7 +34,7 @@ use topology::{Member, Topology};
 
 use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
 use crate::executor::{Executor, Spawner};
-use crate::kill_switch::{KillSwitch, bypass, spares};
+use crate::kill_switch::{KillSwitch, bypass, noted, spares};
 use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
@@ -510,6 +510,11 @@ impl<S: Clone + Send + Sync> Control for View<S> {
     }
 
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()> {
+        let pool = &self.cluster.route(self.route).pool;
+        if self.route > 0 && Arc::ptr_eq(pool, &self.cluster.shared.pool) {
+            let message = "this group has no nodes of its own: it shares the client's";
+            return Err(Error::configuration(message));
+        }
         self.cluster.set_nodes_of(self.route, specs)
     }
 
@@ -553,9 +558,8 @@ where
             return ClusterFuture::settled(Err(shut_down()));
         }
         if request.purpose() == Purpose::Note {
-            let error = Error::new(ErrorKind::Disabled, "it is only taken note of");
             shared.take_note(&request);
-            return ClusterFuture::settled(Err(error));
+            return ClusterFuture::settled(Err(noted()));
         }
         if shared.kill_switch.is_thrown() && !spares(&request) {
             let bypassed = bypass(&request, "client", "the client");
@@ -568,7 +572,10 @@ where
         match request.operation() {
             Operation::GetMany { .. } => ClusterFuture::many(shared, request),
             Operation::Version | Operation::FlushAll | Operation::Stats => {
-                ClusterFuture::every(shared, request)
+                // Those that groups have of their own included.
+                let own = shared.groups.iter().map(|group| &group.pool);
+                let own = own.filter(|pool| !Arc::ptr_eq(pool, &shared.pool));
+                ClusterFuture::every(std::iter::once(&shared.pool).chain(own), request)
             }
             _ => ClusterFuture::single(shared, request),
         }

@@ -292,6 +292,8 @@ impl<S> Shared<S> {
     fn forget_everywhere(&self, topology: &Topology<S>, errand: Errand<'_>) {
         if errand.written().is_some() {
             let home = topology.home(errand.key);
+            // Nothing else may be asked of it for long.
+            home.shared().ensure_kept();
             home.shared().outdate(errand.key, Reason::Outdated);
             self.forget_elsewhere(topology, errand, home);
         }

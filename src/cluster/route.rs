@@ -15,7 +15,7 @@ use tower::Service;
 use super::hedge::Hedge;
 use super::many::{Every, Many};
 use super::place::{Errand, Placed};
-use super::{After, Shared, Tries};
+use super::{After, Pool, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::after;
 use crate::node::{Node, NodeFuture, Shared as NodeShared};
@@ -96,8 +96,11 @@ where
         }
     }
 
-    pub(super) fn every(shared: &Arc<Shared<S>>, request: Request) -> Self {
-        let every = Box::new(Every::new(shared, &request));
+    pub(super) fn every<'a>(pools: impl Iterator<Item = &'a Arc<Pool<S>>>, request: Request) -> Self
+    where
+        S: 'a,
+    {
+        let every = Box::new(Every::new(pools, &request));
         Self {
             path: Path::Every { every },
         }

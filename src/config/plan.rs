@@ -2,12 +2,23 @@
 
 use std::sync::Arc;
 
-use super::{Config, NodeConfig};
+use super::{Config, ExecutorConfig, NodeConfig};
 use crate::cluster::{ClusterSettings, GroupRoute, NodeSpec};
 use crate::error::Invalid;
 use crate::group::GroupSettings;
 use crate::node::NodeSettings;
 use crate::transport::PipelinedSettings;
+
+/// More are a mistake.
+const MOST_CONNECTIONS: usize = 1_024;
+const MOST_THREADS: usize = 1_024;
+
+fn at_most(setting: &str, value: usize, most: usize) -> Result<(), Invalid> {
+    match value > most {
+        true => Err(Invalid::new(setting, format!("is over {most}"))),
+        false => Ok(()),
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -24,16 +35,21 @@ pub(crate) struct GroupPlan {
     pub(crate) name: Arc<str>,
     pub(crate) settings: GroupSettings,
     pub(crate) cluster: ClusterSettings,
+    /// Of its own; `None` if it has none, or there are none in the configuration.
     pub(crate) nodes: Option<Vec<NodeSpec>>,
 }
 
 impl GroupPlan {
     /// How its requests are sent.
-    pub(crate) fn route(&self) -> GroupRoute {
-        GroupRoute {
+    pub(crate) fn route(&self) -> Result<GroupRoute, Invalid> {
+        if self.settings.nodes.is_some() && self.nodes.is_none() {
+            let setting = format!("groups.{}.nodes", self.name);
+            return Err(Invalid::new(setting, "there are no nodes"));
+        }
+        Ok(GroupRoute {
             settings: self.cluster.clone(),
             nodes: self.nodes.clone(),
-        }
+        })
     }
 }
 
@@ -60,6 +76,15 @@ impl Config {
         transport.stall_timeout = self.stall_timeout;
         transport.connect_timeout = self.connect_timeout;
         transport.validate()?;
+        at_most("connections", self.connections, MOST_CONNECTIONS)?;
+        for (setting, executor) in [
+            ("executor.threads", &self.executor),
+            ("load_executor.threads", &self.load_executor),
+        ] {
+            if let Some(ExecutorConfig::Dedicated { threads, .. }) = executor {
+                at_most(setting, *threads, MOST_THREADS)?;
+            }
+        }
         let cluster = ClusterSettings::default()
             .ring(self.ring.clone())
             .failure_mode(self.failure_mode)
@@ -126,7 +151,9 @@ impl Config {
                 .and_then(|()| self.check_database(read_through))
                 .map_err(|invalid| invalid.under("read_through"))?;
         }
-        let nodes = settings.nodes.as_deref().map(NodeConfig::specs);
+        let nodes = settings.nodes.as_deref();
+        let nodes = nodes.filter(|nodes| !nodes.is_empty());
+        let nodes = nodes.map(NodeConfig::specs);
         Ok(GroupPlan {
             name: name.into(),
             settings: settings.clone(),

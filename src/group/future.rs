@@ -93,6 +93,16 @@ impl<S: Service<Request>> GroupFuture<S> {
     }
 }
 
+/// What has become of keys that could not take the prefix.
+pub(super) fn put_back(answer: &mut Result<Response>, invalid: &mut Vec<(usize, Error)>) {
+    if let Ok(Response::Values(outcomes)) = answer {
+        // In ascending order, so each goes back to its own place.
+        for (place, error) in invalid.drain(..) {
+            outcomes.insert(place.min(outcomes.len()), Err(error));
+        }
+    }
+}
+
 fn settle(answer: &mut Option<Result<Response>>) -> Poll<Result<Response>> {
     match answer.take() {
         Some(answer) => Poll::Ready(answer),
@@ -121,7 +131,8 @@ where
                     && shared.kill_switch.is_thrown()
                     && let Some((service, request)) = future.as_mut().withdraw()
                 {
-                    let bypassed = shared.bypass(&request);
+                    let mut bypassed = shared.bypass(&request);
+                    put_back(&mut bypassed.answer, invalid);
                     let state = State::bypassed(service, request, bypassed);
                     this.state.set(state);
                     return self.poll(cx);
@@ -147,12 +158,7 @@ where
                     this.state.set(State::Settled { answer: None });
                     return Poll::Ready(Err(error.with_sent(sent)));
                 };
-                if let Ok(Response::Values(outcomes)) = &mut outcome {
-                    // In ascending order, so each goes back to its own place.
-                    for (place, error) in invalid.drain(..) {
-                        outcomes.insert(place.min(outcomes.len()), Err(error));
-                    }
-                }
+                put_back(&mut outcome, invalid);
                 Poll::Ready(outcome)
             }
             StateProjection::Withheld {
@@ -160,9 +166,11 @@ where
                 request,
                 answer,
             } => {
-                let ready = ready!(service.poll_ready(cx)).is_ok();
-                let request = request.take();
-                if ready && let Some(request) = request {
+                if let Err(error) = ready!(service.poll_ready(cx)) {
+                    // Lost: whoever reads it as it was must not have been told otherwise.
+                    return Poll::Ready(Err(Error::from_boxed(error.into())));
+                }
+                if let Some(request) = request.take() {
                     let future = service.call(request);
                     let answer = answer.take();
                     this.state.set(State::Noting { future, answer });
@@ -171,9 +179,12 @@ where
                 settle(answer)
             }
             StateProjection::Noting { future, answer } => {
-                // It ends with what the cluster says at once: that it has taken note.
-                let _ = ready!(future.poll(cx));
-                settle(answer)
+                match ready!(future.poll(cx)).map_err(|error| Error::from_boxed(error.into())) {
+                    // A layer between did not let it pass.
+                    Err(error) if error.kind() != ErrorKind::Disabled => Poll::Ready(Err(error)),
+                    // What whoever keeps journals says at once: that it has taken note.
+                    _ => settle(answer),
+                }
             }
             StateProjection::Settled { answer } => settle(answer),
         }

@@ -40,7 +40,7 @@ use tokio::time::Instant;
 use tower::{Layer, Service};
 
 pub use self::future::GroupFuture;
-use self::future::State;
+use self::future::{State, put_back};
 pub use self::settings::GroupSettings;
 use crate::bulkhead::{Bulkhead, Room};
 use crate::error::{BoxError, Error, ErrorKind, Result};
@@ -114,7 +114,7 @@ impl GroupLayer {
     }
 
     /// How many requests it may make each second; more fail at once with [`ErrorKind::Overloaded`]. No
-    /// limit by default. See [`GroupSettings::rate`].
+    /// limit by default, nor with 0. See [`GroupSettings::rate`].
     #[must_use]
     pub fn rate(mut self, per_second: u32) -> Self {
         self.settings = self.settings.rate(per_second);
@@ -329,9 +329,12 @@ where
         }
         let spared = spares(&request);
         if shared.kill_switch.is_thrown() && !spared {
-            let bypassed = shared.bypass(&request);
             return match shared.prefix(&mut request) {
-                Ok(_) => State::bypassed(self.bulkhead.inner().clone(), request, bypassed),
+                Ok(mut invalid) => {
+                    let mut bypassed = shared.bypass(&request);
+                    put_back(&mut bypassed.answer, &mut invalid);
+                    State::bypassed(self.bulkhead.inner().clone(), request, bypassed)
+                }
                 Err(error) => State::settled(Err(error)),
             };
         }
@@ -339,7 +342,9 @@ where
             Ok(invalid) => invalid,
             Err(error) => return State::settled(Err(error)),
         };
+        // What was loaded has been paid for.
         if let Some(cells) = &terms.cells
+            && request.purpose() != Purpose::Refill
             && cells.take().is_err()
         {
             return State::settled(Err(shared.refuse()));

@@ -114,8 +114,10 @@ impl GroupSettings {
 
     /// How many requests it may make each second; no limit by default. More fail at once with
     /// [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded). In any one second there are no more than
-    /// this and the [burst](Self::burst) together. A read that has to load makes up to three: the
-    /// look-up, the lease, and what is put back.
+    /// this and the [burst](Self::burst) together. A read that has to load makes up to two, the look-up
+    /// and the lease; what is put back is not counted. A look-up that is refused, here or by
+    /// [`max_in_flight`](Self::max_in_flight), is no hit: `get_or_load` then loads, as far as its
+    /// [guard](crate::LoadGuard) lets it.
     #[must_use]
     pub fn rate(mut self, per_second: u32) -> Self {
         self.rate = Some(per_second);

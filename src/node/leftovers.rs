@@ -80,7 +80,9 @@ impl Leftovers {
             inner.any_until = inner.any_until.max(Some(until));
             return;
         }
-        inner.until.insert(hash, until);
+        // Another write may have left it there for longer.
+        let known = inner.until.entry(hash).or_insert(until);
+        *known = (*known).max(until);
     }
 
     /// Whether something of that key may be elsewhere.
@@ -119,6 +121,8 @@ mod tests {
         tokio::time::advance(Duration::from_secs(66)).await;
         assert!(!left.may_hold(&key(0)) && left.may_hold(&key(1)) && !left.may_hold(&key(3)));
         left.leave(&key(3), Duration::from_secs(60));
+        left.leave(&key(3), Duration::from_secs(1));
+        tokio::time::advance(Duration::from_secs(50)).await;
         assert!(
             left.may_hold(&key(3)) && !left.may_hold(&key(2)),
             "there is room again"

@@ -55,6 +55,7 @@ use shared::{Makings, Watch, asker};
 use crate::error::{BoxError, Charge, Error, ErrorKind, Result, Sent};
 use crate::executor::{Executor, LATE, after};
 use crate::key::Key;
+use crate::kill_switch::noted;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::transport::{Parts, Pipelined, PipelinedSettings};
@@ -436,6 +437,13 @@ where
             match this.step.as_mut().project() {
                 StepProjection::Waiting { service, request } => {
                     if this.entered.is_none() {
+                        if request.purpose() == Purpose::Note {
+                            if let Some(key) = &this.asked.written {
+                                shared.outdate(key, Reason::Outdated);
+                                shared.ensure_kept();
+                            }
+                            return Poll::Ready(Err(noted()));
+                        }
                         let entered = shared
                             .still_there()
                             .and_then(|()| shared.enter(request.origin(), this.asked));

@@ -83,6 +83,12 @@ impl ReadThroughSettings {
         self
     }
 
+    /// With that guard, unless it has one.
+    pub(crate) fn guarded_by(mut self, guard: impl FnOnce() -> LoadGuard) -> Self {
+        self.guard.get_or_insert_with(guard);
+        self
+    }
+
     pub(crate) fn database_name(&self) -> Option<&str> {
         self.database.as_deref().filter(|_| self.guard.is_none())
     }

@@ -180,7 +180,6 @@ async fn whatever_keeps_the_cache_from_answering_is_the_policys() {
     server.accept().unwrap();
     until_closed(&all, 0).await;
     assert!(matches!(claim(&all, OnFailure::Deny).await, Claim::First));
-
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,6 +7,7 @@ mod config;
 mod deadlines;
 mod failure_modes;
 mod fallback;
+mod group_edges;
 mod groups;
 mod health;
 mod interleavings;

@@ -19,6 +19,7 @@ use super::{Event, Observer, PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
+use crate::kill_switch::noted;
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
@@ -571,6 +572,9 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
     let operation = request.operation();
     let name = |error: Error| error.at_node(&node.name);
 
+    if request.purpose() == Purpose::Note {
+        return Err(name(noted()));
+    }
     let length = operation.payload_len();
     if length > settings.limits.value {
         let limit = settings.limits.value;
