@@ -559,7 +559,7 @@ async fn a_group_with_nodes_of_its_own_uses_them_and_no_others() {
     assert_eq!(names(&client), ["node-0", "node-1", "node-2"]);
     assert_eq!(names(&own), ["node-2"]);
     assert_eq!(own.version().await.unwrap().len(), 1);
-    assert_eq!(client.version().await.unwrap().len(), 2);
+    assert_eq!(client.version().await.unwrap().len(), 3);
 
     // Its outage is its own.
     servers[2].stall();
@@ -576,9 +576,10 @@ async fn a_group_with_nodes_of_its_own_uses_them_and_no_others() {
     client.set_nodes(["node-1"]).unwrap();
     assert_eq!(names(&client), ["node-1", "node-3"]);
     assert_eq!(own.get("k0").await.unwrap().unwrap(), "moved");
-    // Without nodes of its own the client's are the group's.
-    shares.set_nodes(["node-0", "node-1"]).unwrap();
-    assert_eq!(names(&client), ["node-0", "node-1", "node-3"]);
+    // Without nodes of its own it has none to replace.
+    let error = shares.set_nodes(["node-0", "node-1"]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
+    assert_eq!(names(&client), ["node-1", "node-3"]);
     let error = own.set_nodes::<[&str; 0]>([]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
     assert_eq!(names(&own), ["node-3"]);
