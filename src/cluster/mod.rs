@@ -14,7 +14,7 @@ mod shutdown;
 mod topology;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -166,6 +166,7 @@ struct Pool<S> {
     topology: ArcSwap<Topology<S>>,
     /// Held while it is being replaced.
     replacing: Mutex<()>,
+    retired: Mutex<Vec<Weak<NodeShared>>>,
     ring: Ring,
     factory: NodeFactory<S>,
     /// Told whenever a node's state changes, or the nodes do, of any pool of the cluster.
@@ -215,6 +216,7 @@ impl<S> Pool<S> {
         Self {
             topology: ArcSwap::from_pointee(Topology::new(&ring, members)),
             replacing: Mutex::default(),
+            retired: Mutex::default(),
             ring,
             factory,
             changes,
@@ -229,10 +231,11 @@ impl<S> Pool<S> {
         members.map(|member| member.node.status()).collect()
     }
 
-    fn under_way(&self) -> usize {
-        let topology = self.topology.load();
-        let members = topology.members().iter();
-        members.map(|member| member.node.under_way()).sum()
+    /// Those that have been removed and still end what was sent there.
+    fn retired(&self) -> Vec<Arc<NodeShared>> {
+        let retired = self.retired.lock();
+        let retired = retired.unwrap_or_else(PoisonError::into_inner);
+        retired.iter().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -265,6 +268,10 @@ impl<S: Clone> Pool<S> {
             let mut kept = after.members().iter();
             if !kept.any(|kept| kept.node.shared().id() == id) {
                 member.node.shared().retire();
+                let retired = self.retired.lock();
+                let mut retired = retired.unwrap_or_else(PoisonError::into_inner);
+                retired.retain(|node| node.strong_count() > 0);
+                retired.push(Arc::downgrade(member.node.shared()));
             }
         }
         self.changes.send_replace(());

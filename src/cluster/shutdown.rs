@@ -82,7 +82,16 @@ impl<S> Cluster<S> {
     }
 
     fn under_way(&self) -> usize {
-        self.pools().map(|pool| pool.under_way()).sum()
+        let nodes = self.all_nodes();
+        nodes.iter().map(|node| node.under_way()).sum()
+    }
+
+    /// Those as well that have been removed and still end what was sent there.
+    fn all_nodes(&self) -> Vec<Arc<NodeShared>> {
+        let retired = self.pools().flat_map(|pool| pool.retired());
+        let mut nodes: Vec<_> = retired.collect();
+        nodes.extend(self.nodes_shared());
+        nodes
     }
 
     fn nodes_shared(&self) -> Vec<Arc<NodeShared>> {
@@ -132,7 +141,7 @@ impl<S> Cluster<S> {
     /// Closes everything.
     pub(super) fn close(&self) {
         self.shared.phase.advance(CLOSED);
-        for node in self.nodes_shared() {
+        for node in self.all_nodes() {
             node.close();
         }
     }

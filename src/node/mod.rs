@@ -31,7 +31,6 @@ mod shutdown;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
@@ -316,11 +315,6 @@ impl<S> Node<S> {
     #[must_use]
     pub fn status(&self) -> NodeStatus {
         self.shared.status()
-    }
-
-    /// Requests at it, and those that wait for it.
-    pub(crate) fn under_way(&self) -> usize {
-        self.shared.in_flight() + self.shared.waiting.load(Ordering::Relaxed)
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

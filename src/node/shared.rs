@@ -438,6 +438,11 @@ impl Shared {
         self.kept.store(false, Ordering::Release);
     }
 
+    /// Requests at it, and those that wait for it.
+    pub(crate) fn under_way(&self) -> usize {
+        self.in_flight() + self.waiting.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.in_use.send_replace(());

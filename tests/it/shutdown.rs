@@ -865,3 +865,29 @@ async fn with_a_stopped_memcached_it_ends_by_the_deadline_and_leaves_nothing() {
         sleep(ms(10)).await;
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_under_way_at_a_removed_node_ends_with_the_client() {
+    let servers = [Server::new(), Server::new()];
+    let client = unhurried(&servers).build().unwrap();
+    client.set_nodes(["node-0"]).unwrap();
+    client.get("k").await.unwrap();
+    servers[0].stall();
+    let begun = Instant::now();
+    let under_way = tokio::spawn({
+        let client = client.clone();
+        async move { client.get("k").await }
+    });
+    sleep(ms(10)).await;
+    client.set_nodes(["node-1"]).unwrap();
+    let report = client.shutdown(ms(100)).await;
+    assert_eq!(report.requests, 1, "{report}");
+    let error = under_way.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Shutdown);
+    assert!(begun.elapsed() < secs(1), "{:?}", begun.elapsed());
+    servers[0].resume();
+    eventually("its connection is closed", || {
+        servers[0].open_connections() == 0
+    })
+    .await;
+}
