@@ -171,6 +171,8 @@ struct Pool<S> {
     factory: NodeFactory<S>,
     /// Told whenever a node's state changes, or the nodes do, of any pool of the cluster.
     changes: watch::Sender<()>,
+    /// True once the cluster is shut down, and gone with it: not held by anything else.
+    closing: watch::Sender<bool>,
 }
 
 /// How requests are sent to the nodes of a pool, by whom they are.
@@ -205,11 +207,13 @@ impl<S> Pool<S> {
         factory: NodeFactory<S>,
         changes: watch::Sender<()>,
     ) -> Self {
+        let closing = watch::Sender::new(false);
         let members = specs
             .into_iter()
             .map(|spec| {
                 let node = factory(&spec);
                 node.report_to(&changes);
+                node.shared().lingers_until(closing.subscribe());
                 Member { node, spec }
             })
             .collect();
@@ -220,6 +224,7 @@ impl<S> Pool<S> {
             ring,
             factory,
             changes,
+            closing,
         }
     }
 }
@@ -255,6 +260,7 @@ impl<S: Clone> Pool<S> {
                         node.shared().take_over(book);
                     }
                     node.report_to(&self.changes);
+                    node.shared().lingers_until(self.closing.subscribe());
                     node
                 }),
                 spec: spec.clone(),

@@ -141,6 +141,9 @@ impl<S> Cluster<S> {
     /// Closes everything.
     pub(super) fn close(&self) {
         self.shared.phase.advance(CLOSED);
+        for pool in self.pools() {
+            pool.closing.send_replace(true);
+        }
         for node in self.all_nodes() {
             node.close();
         }

@@ -7,7 +7,7 @@
 //! Whoever holds the old book then writes into the new one.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::Shared;
@@ -19,10 +19,21 @@ use crate::key::Key;
 pub(crate) struct Book {
     pub(super) journal: Arc<Journal>,
     pub(super) leftovers: Arc<Leftovers>,
-    flush_wanted: AtomicBool,
+    /// Counts flushes that were asked for while the server could not be.
+    flushes_wanted: AtomicU64,
+    /// How many of these have been made up for.
+    flushes_made: AtomicU64,
     /// The process of the server that was there when it was last well.
     birth: Mutex<Option<Birth>>,
     place: Mutex<Place>,
+}
+
+/// What only emptying the server makes up for. What is added to it while that is under way is owed
+/// again.
+#[derive(Debug)]
+pub(super) struct Debts {
+    flushes: u64,
+    overflows: u64,
 }
 
 /// Who sees to what is written here.
@@ -38,7 +49,8 @@ impl Book {
         Self {
             journal: Arc::new(Journal::new(capacity)),
             leftovers: Arc::new(Leftovers::new(capacity)),
-            flush_wanted: AtomicBool::new(false),
+            flushes_wanted: AtomicU64::new(0),
+            flushes_made: AtomicU64::new(0),
             birth: Mutex::default(),
             place: Mutex::new(Place::Here(Weak::new())),
         }
@@ -126,23 +138,46 @@ impl Book {
     }
 
     /// Everything is being flushed: if the server is none of the nodes now, it is once it is again.
-    pub(crate) fn flush_if_away(&self) {
-        let place = self.place();
-        if let Place::Here(node) = &*place {
-            let node = node.upgrade();
-            if node.as_ref().is_none_or(|node| node.is_retired()) {
-                self.want_flush(true);
-            }
-            drop(place);
+    /// Should it be another node's by now, that one may not have been asked.
+    pub(crate) fn flush_if_away(self: &Arc<Self>) {
+        let node = match &*self.place() {
+            Place::Here(node) => node.upgrade(),
+            Place::Moved(_) => None,
+        };
+        if node.is_none_or(|node| node.is_retired()) {
+            self.want_flush();
         }
     }
 
-    pub(super) fn flush_wanted(&self) -> bool {
-        self.flush_wanted.load(Ordering::Acquire)
+    /// It is to be flushed before it is asked again.
+    pub(super) fn want_flush(self: &Arc<Self>) {
+        self.here(Self::count_flush, |node, ()| node.sees_to_its_debts());
     }
 
-    pub(super) fn want_flush(&self, wanted: bool) {
-        self.flush_wanted.store(wanted, Ordering::Release);
+    fn count_flush(&self) {
+        self.flushes_wanted.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn flush_wanted(&self) -> bool {
+        self.flushes_wanted() > self.flushes_made.load(Ordering::Acquire)
+    }
+
+    fn flushes_wanted(&self) -> u64 {
+        self.flushes_wanted.load(Ordering::Acquire)
+    }
+
+    /// What a flush that is sent now makes up for, once it is [acknowledged](Self::flushed).
+    pub(super) fn flush_begins(&self) -> Debts {
+        Debts {
+            flushes: self.flushes_wanted(),
+            overflows: self.journal.overflows(),
+        }
+    }
+
+    pub(super) fn flushed(&self, made_up: &Debts) {
+        let Debts { flushes, overflows } = *made_up;
+        self.flushes_made.fetch_max(flushes, Ordering::AcqRel);
+        self.journal.flushed(overflows);
     }
 
     fn birth(&self) -> MutexGuard<'_, Option<Birth>> {
@@ -167,7 +202,7 @@ impl Book {
         to.journal.take_over(&book.journal);
         to.leftovers.take_over(&book.leftovers);
         if book.flush_wanted() {
-            to.want_flush(true);
+            to.count_flush();
         }
         // It tells whether the server has been restarted since what is not known any more was
         // written; for what comes later it would be an old one.

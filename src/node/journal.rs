@@ -57,7 +57,10 @@ struct Inner {
     /// Those to be deleted, in the order in which that is due: a key is here once, at its entry's
     /// [`due`](Entry::due), or not at all.
     agenda: BTreeMap<Due, Key>,
-    overflowed: bool,
+    /// Counts what there was no room for.
+    overflows: u64,
+    /// How many of these do not matter any more.
+    made_up: u64,
     /// The server is none of the nodes now: nobody deletes anything there.
     away: bool,
     /// Counts what happens to the keys.
@@ -119,6 +122,10 @@ impl Inner {
         self.generation
     }
 
+    fn has_overflowed(&self) -> bool {
+        self.overflows > self.made_up
+    }
+
     /// Nothing is to be done at once.
     fn is_idle(&self) -> bool {
         !matches!(self.agenda.first_key_value(), Some(((None, _), _)))
@@ -161,7 +168,8 @@ impl Journal {
     pub(super) fn record(&self, key: &Key, reason: Reason) -> Recorded {
         let mut inner = self.lock();
         // Before it is asked again it is emptied.
-        if inner.away && inner.overflowed && reason == Reason::Outdated {
+        if inner.away && inner.has_overflowed() && reason == Reason::Outdated {
+            inner.overflows += 1;
             return Recorded::In { wake: false };
         }
         let full = inner.keys.len() >= self.capacity;
@@ -188,7 +196,8 @@ impl Journal {
                 }
             }
             Place::Vacant(_) if full => {
-                let first = !std::mem::replace(&mut inner.overflowed, true);
+                let first = !inner.has_overflowed();
+                inner.overflows += 1;
                 if inner.away {
                     self.forget_certain(&mut inner);
                 }
@@ -371,13 +380,15 @@ impl Journal {
     pub(super) fn goes_away(&self) {
         let mut inner = self.lock();
         inner.away = true;
-        if inner.overflowed {
+        if inner.has_overflowed() {
             self.forget_certain(&mut inner);
         }
     }
 
     /// Keeps the keys in lasting doubt only: emptying the server will do for the others.
     fn forget_certain(&self, inner: &mut Inner) {
+        // What is emptying it now may have begun before these were written.
+        inner.overflows += 1;
         let Inner { keys, agenda, .. } = inner;
         keys.retain(|_, entry| {
             let keep = !entry.is_certain() || entry.held > 0;
@@ -397,17 +408,26 @@ impl Journal {
             let mut inner = from.lock();
             inner.agenda.clear();
             from.held.store(0, Ordering::Release);
-            (std::mem::take(&mut inner.keys), inner.overflowed)
+            (std::mem::take(&mut inner.keys), inner.has_overflowed())
         };
-        for (key, entry) in keys {
-            let reason = match entry.is_certain() && entry.held == 0 {
-                true => Reason::Outdated,
-                false => Reason::InDoubt,
-            };
-            self.record(&key, reason);
+        // Should there be too little room, emptying the server will do for what is certain.
+        let (certain, uncertain): (Vec<_>, Vec<_>) = keys
+            .into_iter()
+            .partition(|(_, entry)| entry.is_certain() && entry.held == 0);
+        for (key, entry) in uncertain {
+            // The ends of these will be told.
+            for _ in 0..entry.lingering {
+                self.record(&key, Reason::Lingering);
+            }
+            if entry.again != Again::No || entry.held > 0 {
+                self.record(&key, Reason::InDoubt);
+            }
+        }
+        for (key, _) in certain {
+            self.record(&key, Reason::Outdated);
         }
         if overflowed {
-            self.lock().overflowed = true;
+            self.lock().overflows += 1;
         }
     }
 
@@ -440,12 +460,18 @@ impl Journal {
     }
 
     pub(super) fn has_overflowed(&self) -> bool {
-        self.lock().overflowed
+        self.lock().has_overflowed()
     }
 
-    /// Everything that was on the node before is gone from it, so what was forgotten here is, too.
-    pub(super) fn flushed(&self) {
-        self.lock().overflowed = false;
+    /// Counts what has been forgotten here, to be told when that is [gone](Self::flushed).
+    pub(super) fn overflows(&self) -> u64 {
+        self.lock().overflows
+    }
+
+    /// What was on the node when so much had been forgotten is gone from it.
+    pub(super) fn flushed(&self, overflows: u64) {
+        let mut inner = self.lock();
+        inner.made_up = inner.made_up.max(overflows);
     }
 }
 
@@ -514,11 +540,30 @@ mod tests {
         assert_eq!(first.len(), 4);
         first.iter().for_each(|deletion| to.deleted(deletion, now));
         assert!(!to.holds(&key(0)));
-        // The end of a doubt is told to whoever has taken it over.
-        to.lingered(&key(2), true);
-        assert_eq!(keys_of(&to.take(9, now)), [key(2)]);
-        assert_eq!(to.take(9, now + GRACE).len(), 2, "the others a second time");
         assert!(!to.has_overflowed());
+        let second = to.take(9, now + GRACE);
+        assert_eq!(second.len(), 2);
+        second
+            .iter()
+            .for_each(|deletion| to.deleted(deletion, now + GRACE));
+        assert_eq!((to.len(), to.due(now)), (1, None));
+        // The end of a doubt is told to whoever has taken it over.
+        assert!(to.lingered(&key(2), true));
+        to.deleted(&take_one(&to, now), now);
+        assert_eq!(to.len(), 0);
+    }
+
+    #[test]
+    fn what_is_in_doubt_is_taken_over_before_what_a_flush_makes_up_for() {
+        let (from, to, now) = (Journal::new(99), Journal::new(3), Instant::now());
+        for number in 0..50 {
+            recorded(&from, &key(number), Reason::Outdated);
+        }
+        recorded(&from, &key(50), Reason::InDoubt);
+        recorded(&from, &key(51), Reason::Lingering);
+        to.take_over(&from);
+        assert!(to.has_overflowed() && to.holds(&key(50)) && to.holds(&key(51)));
+        assert_eq!(to.take(9, now).len(), 3);
     }
 
     #[test]
@@ -758,10 +803,32 @@ mod tests {
             assert_eq!(record(2), Recorded::Overflow { first: false });
             assert!(journal.has_overflowed());
             assert_eq!(record(0), Recorded::In { wake: false }, "it is in already");
-            journal.flushed();
+            journal.flushed(journal.overflows());
             assert!(!journal.has_overflowed());
         }
         assert_eq!(journal.len(), 1);
+    }
+
+    #[test]
+    fn what_is_forgotten_while_the_node_is_flushed_asks_for_another_flush() {
+        let journal = Journal::new(1);
+        recorded(&journal, &key(0), Reason::Outdated);
+        journal.record(&key(1), Reason::Outdated);
+        let begun = journal.overflows();
+        journal.record(&key(2), Reason::Outdated);
+        journal.flushed(begun);
+        assert!(journal.has_overflowed());
+        // Its server leaves the list, and what it holds is forgotten for good.
+        let begun = journal.overflows();
+        journal.goes_away();
+        journal.flushed(begun);
+        assert!(journal.has_overflowed());
+        let begun = journal.overflows();
+        recorded(&journal, &key(3), Reason::Outdated);
+        journal.flushed(begun);
+        assert!(journal.has_overflowed());
+        journal.flushed(journal.overflows());
+        assert!(!journal.has_overflowed());
     }
 
     const CAPACITY: usize = 3;
@@ -963,7 +1030,7 @@ mod tests {
                         journal.put_back(model.deletions.swap_remove(which).2);
                     }
                     Event::Flushed => {
-                        journal.flushed();
+                        journal.flushed(journal.overflows());
                         model.overflowed = false;
                     }
                     Event::Pass(time) => now += time,

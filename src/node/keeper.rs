@@ -266,28 +266,25 @@ impl Agenda {
         shared.readmit();
         shared.book.set_birth(None);
         // In between, when it was still out.
-        if shared.owes_a_flush() {
-            shared.open(EjectionCause::Journal, &journal_overflowed());
-        }
+        shared.sees_to_its_debts();
         Ok(())
     }
 
     /// Empties the node, if somebody has asked for that or we may do so on our own.
     async fn flush(&self, shared: &Arc<Shared>) -> Result<()> {
+        let debts = shared.book.flush_begins();
         let allowed = shared.settings.load().journal.overflow == JournalOverflow::Flush;
         if !shared.flush_wanted() && !allowed {
             if !self.restarted(shared).await? {
                 return Err(journal_overflowed());
             }
-            shared.journal.flushed();
+            shared.book.flushed(&debts);
             return Ok(());
         }
-        shared.flush_begins();
-        let flushed = within(shared, (shared.asker)(Request::new(Operation::FlushAll))).await;
-        if flushed.is_err() {
-            shared.want_flush();
-        }
-        flushed.map(drop)
+        // Until it is acknowledged it is owed: we may be dropped meanwhile, or the book move.
+        within(shared, (shared.asker)(Request::new(Operation::FlushAll))).await?;
+        shared.book.flushed(&debts);
+        Ok(())
     }
 
     /// Whether the server is another process than before the outage: then it holds nothing old.

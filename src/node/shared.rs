@@ -276,6 +276,13 @@ impl Shared {
         let _already = self.changes.set(changes.clone());
     }
 
+    /// What it may still execute late is waited for until `closing` is true, or gone.
+    pub(crate) fn lingers_until(&self, closing: watch::Receiver<bool>) {
+        if let Some(transport) = &self.transport {
+            transport.lingers_until(closing);
+        }
+    }
+
     pub(super) fn changed(&self) {
         let mut changed_at = self
             .changed_at
@@ -401,19 +408,16 @@ impl Shared {
         self.book.flush_wanted()
     }
 
-    pub(super) fn want_flush(&self) {
-        self.book.want_flush(true);
-    }
-
-    /// What comes before it is flushed is made up for; what comes after asks for another flush.
-    pub(super) fn flush_begins(&self) {
-        self.book.want_flush(false);
-        self.journal.flushed();
-    }
-
     /// Whether it must be flushed before it may be asked.
     pub(super) fn owes_a_flush(&self) -> bool {
         self.forgets() || self.flush_wanted()
+    }
+
+    /// It is not asked before it has been flushed, if it must be.
+    pub(super) fn sees_to_its_debts(self: &Arc<Self>) {
+        if self.owes_a_flush() {
+            self.open(EjectionCause::Journal, &keeper::journal_overflowed());
+        }
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -519,9 +523,7 @@ impl Shared {
     /// to first has been.
     pub(crate) fn take_over(self: &Arc<Self>, book: &Arc<Book>) {
         book.moves_to(&self.book);
-        if self.owes_a_flush() {
-            self.open(EjectionCause::Journal, &keeper::journal_overflowed());
-        }
+        self.sees_to_its_debts();
         self.wake.notify_one();
     }
 
@@ -636,7 +638,7 @@ impl Shared {
         };
         let out = error.kind() == ErrorKind::NodeUnavailable;
         if asked.flush && out {
-            self.want_flush();
+            self.book.want_flush();
         }
         let Some(key) = &asked.written else { return };
         if error.sent() == Sent::Maybe {

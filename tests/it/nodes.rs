@@ -1,6 +1,6 @@
 //! Nodes that come, go and get other weights while the client is used.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -318,7 +318,7 @@ async fn what_a_server_was_sent_before_it_went_away_is_not_read_when_it_is_back(
     assert!(servers[0].commands_named("md") > 0, "deleted there");
     let_go.notify_one();
     sleep(ms(100)).await;
-    assert_eq!(servers[0].peek("k").unwrap(), "1", "executed late");
+    assert_eq!(servers[0].commands_named("ms"), 1, "executed late");
     assert_eq!(client.get("k").await.unwrap(), None);
     sleep(ms(2000)).await;
     assert_eq!(client.nodes()[0].journal, 0);
@@ -626,4 +626,222 @@ async fn those_who_wait_for_a_node_that_is_removed_go_on_at_once() {
     assert!(began.elapsed() < ms(200), "{:?}", began.elapsed());
     assert_eq!(servers[1].len(), 100);
     advance(ms(1)).await;
+}
+
+/// Flushes of `node-0` are lost on the way while it says so.
+struct LosesFlushes {
+    direct: InMemory,
+    loses: Arc<AtomicBool>,
+    lost: Arc<AtomicUsize>,
+}
+
+impl Connector for LosesFlushes {
+    fn connect(&self, address: &Address) -> Connecting {
+        let (host, _) = address.host_and_port().unwrap();
+        if host != "node-0" {
+            return self.direct.connect(address);
+        }
+        let (loses, lost) = (self.loses.clone(), self.lost.clone());
+        let direct = self.direct.connect(address);
+        Box::pin(async move {
+            let (from_server, mut to_server) = tokio::io::split(direct.await?);
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            let (mut from_client, mut to_client) = tokio::io::split(theirs);
+            tokio::spawn(async move {
+                let mut from_server = from_server;
+                let _ = tokio::io::copy(&mut from_server, &mut to_client).await;
+                let _ = to_client.shutdown().await;
+            });
+            tokio::spawn(async move {
+                let mut sent = [0; 4096];
+                while let Ok(read @ 1..) = from_client.read(&mut sent).await {
+                    let mut words = sent[..read].windows(9);
+                    if loses.load(Ordering::SeqCst) && words.any(|word| word == b"flush_all") {
+                        lost.fetch_add(1, Ordering::SeqCst);
+                    } else if to_server.write_all(&sent[..read]).await.is_err() {
+                        break;
+                    }
+                }
+                let _ = to_server.shutdown().await;
+            });
+            Ok(Box::new(ours) as BoxStream)
+        })
+    }
+}
+
+/// A node must be flushed, and that flush is under way when the list of nodes changes.
+async fn a_flush_under_way(asked_for: bool, renamed: bool) {
+    let servers = [Server::new(), Server::new()];
+    let (loses, lost) = (
+        Arc::new(AtomicBool::new(true)),
+        Arc::<AtomicUsize>::default(),
+    );
+    let client = Client::builder()
+        .nodes(["node-0", "node-1"])
+        .connector(LosesFlushes {
+            direct: InMemory(servers.to_vec()),
+            loses: loses.clone(),
+            lost: lost.clone(),
+        })
+        .executor(Executor::current())
+        .journal(
+            JournalSettings::default()
+                .capacity(10)
+                .overflow(JournalOverflow::Flush),
+        )
+        .attempt_timeout(ms(300))
+        .timeout(ms(2000))
+        .build()
+        .unwrap();
+    let specs = ["node-0", "node-1"].map(|name| NodeSpec::new(name).unwrap());
+    let keys: Vec<Key> = (0..)
+        .map(|number| Key::new(format!("key-{number}")).unwrap())
+        .filter(|key| Ring::default().node_of(&specs, key) == Some(0))
+        .take(50)
+        .collect();
+    for key in &keys {
+        client.set(key, "old", Ttl::NEVER).await.unwrap();
+    }
+    servers[0].refuse();
+    servers[0].close_connections();
+    let _ = client.get(&keys[0]).await;
+    until_open(&client, 0).await;
+    if asked_for {
+        let _ = client.flush_all().await;
+    } else {
+        for key in &keys {
+            client.set(key, "new", Ttl::NEVER).await.unwrap();
+        }
+    }
+    servers[0].heal().unwrap();
+    while lost.load(Ordering::SeqCst) == 0 {
+        sleep(ms(1)).await;
+    }
+    if renamed {
+        client.set_nodes(["node-0:11211", "node-1"]).unwrap();
+    } else {
+        client.set_nodes(["node-1"]).unwrap();
+        sleep(ms(1000)).await;
+        client.set_nodes(["node-0", "node-1"]).unwrap();
+    }
+    loses.store(false, Ordering::SeqCst);
+    for _ in 0..5 {
+        for key in &keys {
+            assert_ne!(read(&client, key).await.as_deref(), Some("old"));
+        }
+        sleep(ms(1000)).await;
+    }
+    assert_eq!(servers[0].commands_named("flush_all"), 1);
+    assert_eq!(client.nodes()[0].state, BreakerState::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flush_that_was_asked_for_is_made_after_its_node_was_removed_under_it() {
+    a_flush_under_way(true, false).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flush_that_was_asked_for_is_made_after_its_node_was_renamed_under_it() {
+    a_flush_under_way(true, true).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flush_after_an_overflow_is_made_after_its_node_was_removed_under_it() {
+    a_flush_under_way(false, false).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flush_after_an_overflow_is_made_after_its_node_was_renamed_under_it() {
+    a_flush_under_way(false, true).await;
+}
+
+/// A write is held up on a connection that is given up, for longer than anything else lasts, and
+/// executed when its node has been replaced by another of the same server.
+async fn a_write_executed_late(removed_meanwhile: bool) {
+    let servers = [Server::new(), Server::new()];
+    let (held, let_go) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::new(Notify::new()));
+    let client = Client::builder()
+        .nodes(["node-0"])
+        .connector(Detour {
+            direct: InMemory(servers.to_vec()),
+            dialled: AtomicUsize::new(0),
+            held: held.clone(),
+            let_go: let_go.clone(),
+        })
+        .executor(Executor::current())
+        .build()
+        .unwrap();
+    let write = client.set("k", "old", Ttl::NEVER);
+    timeout(ms(1), write).await.unwrap_err();
+    if removed_meanwhile {
+        client.set_nodes(["node-1"]).unwrap();
+        client.set("k", "new", Ttl::NEVER).await.unwrap();
+        sleep(ms(1000)).await;
+        client.set_nodes(["node-0"]).unwrap();
+        sleep(ms(500)).await;
+    } else {
+        client.set_nodes(["node-0:11211"]).unwrap();
+        sleep(ms(500)).await;
+        client.set("k", "new", Ttl::NEVER).await.unwrap();
+    }
+    sleep(ms(60_000)).await;
+    let key = Key::new("k").unwrap();
+    let_go.notify_one();
+    for _ in 0..100 {
+        assert_ne!(read(&client, &key).await.as_deref(), Some("old"));
+        sleep(ms(50)).await;
+    }
+    let writes = if removed_meanwhile { 1 } else { 2 };
+    assert_eq!(servers[0].commands_named("ms"), writes, "executed late");
+    assert_eq!(client.nodes()[0].journal, 0, "its connection has ended");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_executed_after_its_node_was_removed_and_came_back_is_not_read() {
+    a_write_executed_late(true).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_executed_long_after_its_node_was_renamed_is_not_read() {
+    a_write_executed_late(false).await;
+}
+
+/// Connections that are waited for go with the client, though their node went before.
+#[tokio::test(start_paused = true)]
+async fn what_a_removed_node_may_execute_late_is_not_waited_for_after_its_client() {
+    for shut_down in [true, false] {
+        let servers = [Server::new(), Server::new()];
+        let (held, let_go) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::new(Notify::new()));
+        let client = Client::builder()
+            .nodes(["node-0"])
+            .connector(Detour {
+                direct: InMemory(servers.to_vec()),
+                dialled: AtomicUsize::new(0),
+                held,
+                let_go,
+            })
+            .executor(Executor::current())
+            .build()
+            .unwrap();
+        let alive = || {
+            tokio::runtime::Handle::current()
+                .metrics()
+                .num_alive_tasks()
+        };
+        let write = client.set("k", "old", Ttl::NEVER);
+        timeout(ms(1), write).await.unwrap_err();
+        client.set_nodes(["node-1"]).unwrap();
+        sleep(ms(1000)).await;
+        // Its connection has been given up by now.
+        let before = alive();
+        if shut_down {
+            client.shutdown(ms(10)).await;
+            sleep(ms(200)).await;
+            assert!(alive() < before);
+        }
+        drop(client);
+        sleep(ms(200)).await;
+        // The detour itself is still being held.
+        assert!(alive() < before, "{} of {before}", alive());
+    }
 }

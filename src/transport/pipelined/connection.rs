@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::Event;
 use super::connect::{ConnectFailure, Connected, connect};
-use super::slot::{Node, Phase, Slot};
+use super::slot::{Node, Phase, Slot, shut_down};
 use crate::error::{Charge, Error, ErrorKind};
 use crate::executor::{LATE, after};
 use crate::protocol::{Batch, Parser, Reply, Violation};
@@ -104,7 +104,12 @@ async fn run(guard: Guard) {
                     failures = 0;
                 }
                 match end {
-                    End::Closed => return,
+                    End::Closed => {
+                        // Its cluster may go on, and want to know when that has ended.
+                        let error = shut_down().at_node(&node.name);
+                        node.fail_all(slot, &error, Phase::Closed, given_up);
+                        return;
+                    }
                     End::Lost(error) => {
                         given_up = None;
                         error.at_node(&node.name)
@@ -161,11 +166,14 @@ impl Drop for Guard {
     fn drop(&mut self) {
         let slot = self.node.slot(self.index);
         self.node.set_dead(&mut slot.lock(), false);
-        let message = match slot.lock().phase {
-            Phase::Closed => "the client is shut down",
-            _ => "the runtime of the connection has ended",
+        let error = match slot.lock().phase {
+            Phase::Closed => shut_down(),
+            _ => Error::new(
+                ErrorKind::Shutdown,
+                "the runtime of the connection has ended",
+            ),
         };
-        let error = Error::new(ErrorKind::Shutdown, message).at_node(&self.node.name);
+        let error = error.at_node(&self.node.name);
         self.node.fail_all(slot, &error, Phase::Unstarted, None);
     }
 }

@@ -4,6 +4,9 @@
 //! Such a connection is not dropped but shut down for writing, and kept until the server has closed
 //! it, too, or reset it. Then nothing of it will be executed any more, and whoever keeps book of
 //! writes in doubt is told that these are over. There are only so many of them, for so long.
+//!
+//! That book is kept after its node has been taken out of the cluster, so they outlast their node's
+//! other connections, but not their cluster.
 
 use std::io;
 use std::sync::Arc;
@@ -33,12 +36,19 @@ pub(super) struct Lingering {
     keys: Vec<Key>,
     certain: bool,
     stream: BoxStream,
+    closing: watch::Receiver<bool>,
 }
 
 impl Lingering {
-    /// `None` if there are too many already, or there is no runtime to see to it.
+    /// `None` if there are too many already, nobody is left to be told, or there is no runtime to see
+    /// to it.
     pub(super) fn new(node: &Arc<Node>, keys: &[Key], stream: BoxStream) -> Option<Self> {
         Handle::try_current().ok()?;
+        let cluster = node.cluster_closing.get();
+        let closing = cluster.map_or_else(|| node.closing.subscribe(), Clone::clone);
+        if *closing.borrow() {
+            return None;
+        }
         let counted = node.lingering.fetch_add(1, Ordering::Relaxed);
         if counted >= AT_MOST {
             node.lingering.fetch_sub(1, Ordering::Relaxed);
@@ -49,20 +59,20 @@ impl Lingering {
             keys: keys.to_vec(),
             certain: false,
             stream,
+            closing,
         })
     }
 
     /// Sees it to its end.
     pub(super) fn spawn(self) {
-        let closing = self.node.closing.subscribe();
-        drop(tokio::spawn(self.until_it_ends(closing)));
+        drop(tokio::spawn(self.until_it_ends()));
     }
 
-    async fn until_it_ends(mut self, mut closing: watch::Receiver<bool>) {
+    async fn until_it_ends(mut self) {
         let ended = {
             let ended = std::pin::pin!(drained(&mut self.stream));
             let given_up = std::pin::pin!(sleep(LONGEST));
-            let no_more = std::pin::pin!(closing.wait_for(|&closing| closing));
+            let no_more = std::pin::pin!(self.closing.wait_for(|&closing| closing));
             match select(ended, select(given_up, no_more)).await {
                 Either::Left((ended, _)) => ended,
                 Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tower::Service;
 
@@ -255,6 +256,11 @@ impl Pipelined {
     /// the rest.
     pub(crate) fn retire(&self, error: &Error) {
         self.0.retire(error);
+    }
+
+    /// Connections that were given up are waited for until then, even if this is closed before.
+    pub(crate) fn lingers_until(&self, closing: watch::Receiver<bool>) {
+        self.0.lingers_until(closing);
     }
 
     /// Lets broken connections be tried again at once: the node is known to answer.

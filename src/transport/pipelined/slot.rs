@@ -6,7 +6,7 @@ use std::future::Future;
 use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -65,6 +65,8 @@ pub(super) struct Node {
     pub(super) lingering: AtomicUsize,
     /// True when the last handle is dropped, or the client shut down.
     pub(super) closing: watch::Sender<bool>,
+    /// True or gone when its cluster is, which may be longer than it.
+    pub(super) cluster_closing: OnceLock<watch::Receiver<bool>>,
 }
 
 /// One connection's place.
@@ -152,7 +154,7 @@ impl State {
     }
 }
 
-fn shut_down() -> Error {
+pub(super) fn shut_down() -> Error {
     Error::new(ErrorKind::Shutdown, "the client is shut down")
 }
 
@@ -309,10 +311,15 @@ impl Pool {
                 retired: AtomicBool::new(false),
                 lingering: AtomicUsize::new(0),
                 closing: watch::Sender::new(false),
+                cluster_closing: OnceLock::new(),
             }),
             spawner: parts.spawner,
             next: AtomicUsize::new(0),
         }
+    }
+
+    pub(super) fn lingers_until(&self, closing: watch::Receiver<bool>) {
+        let _already = self.node.cluster_closing.set(closing);
     }
 
     pub(super) fn up(&self) -> usize {
