@@ -23,8 +23,9 @@ pub(crate) struct Book {
     flushes_wanted: AtomicU64,
     /// How many of these have been made up for.
     flushes_made: AtomicU64,
-    /// The process of the server that was there when it was last well.
-    birth: Mutex<Option<Birth>>,
+    /// The process of the server that was there when it was last well, and how many connections had
+    /// come up when that was learnt: another may lead to another process.
+    birth: Mutex<Option<(Birth, u32)>>,
     place: Mutex<Place>,
 }
 
@@ -180,16 +181,26 @@ impl Book {
         self.journal.flushed(overflows);
     }
 
-    fn birth(&self) -> MutexGuard<'_, Option<Birth>> {
+    fn birth(&self) -> MutexGuard<'_, Option<(Birth, u32)>> {
         self.birth.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn known_birth(&self) -> Option<Birth> {
-        self.birth().clone()
+        self.birth().as_ref().map(|(birth, _)| birth.clone())
     }
 
-    pub(super) fn set_birth(&self, birth: Option<Birth>) {
-        *self.birth() = birth;
+    pub(super) fn knows_birth(&self, connections: u32) -> bool {
+        matches!(*self.birth(), Some((_, then)) if then == connections)
+    }
+
+    pub(super) fn set_birth(&self, birth: Option<Birth>, connections: u32) {
+        *self.birth() = birth.map(|birth| (birth, connections));
+    }
+
+    /// It is not asked for a while, and so many connections have come up: if one has since the birth
+    /// was learnt, what was written over that may be on a process that is not known.
+    pub(super) fn birth_counts(&self, connections: u32) {
+        self.birth().take_if(|(_, then)| *then != connections);
     }
 
     /// All of it is `to`'s from now on. Only one may be at it at a time.
@@ -207,7 +218,8 @@ impl Book {
         // It tells whether the server has been restarted since what is not known any more was
         // written; for what comes later it would be an old one.
         if to.journal.has_overflowed() {
-            to.set_birth(book.known_birth());
+            // None of its own connections has come up yet.
+            to.set_birth(book.known_birth(), 0);
         }
         *place = Place::Moved(to.clone());
     }

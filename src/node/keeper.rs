@@ -213,9 +213,7 @@ impl Agenda {
         match probe(shared, &shared.asker, shared.canary_size).await {
             Probed::Ready => {
                 self.failures = 0;
-                if shared.book.known_birth().is_none() {
-                    shared.book.set_birth(birth(shared).await.ok().flatten());
-                }
+                learn_birth(shared).await;
             }
             Probed::Unknown => {}
             Probed::Failed(error) => {
@@ -264,7 +262,7 @@ impl Agenda {
             }
         }
         shared.readmit();
-        shared.book.set_birth(None);
+        shared.book.set_birth(None, 0);
         // In between, when it was still out.
         shared.sees_to_its_debts();
         Ok(())
@@ -297,6 +295,22 @@ impl Agenda {
 
 /// What tells one process of the server from another: its number and when it was started.
 pub(super) type Birth = (String, u64);
+
+/// Learns it again whenever another connection has come up, for that may lead to another process.
+/// Below something that does not say when it connects it is never known.
+async fn learn_birth(shared: &Arc<Shared>) {
+    let Some(transport) = &shared.transport else {
+        return;
+    };
+    let connections = transport.newest();
+    if shared.book.knows_birth(connections) {
+        return;
+    }
+    let birth = birth(shared).await.ok().flatten();
+    if transport.newest() == connections {
+        shared.book.set_birth(birth, connections);
+    }
+}
 
 async fn birth(shared: &Arc<Shared>) -> Result<Option<Birth>> {
     let stats = within(shared, (shared.asker)(Request::new(Operation::Stats))).await?;

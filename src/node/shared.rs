@@ -307,6 +307,14 @@ impl Shared {
             BreakerState::Open => 3,
         };
         self.meters.set(Level::BreakerState, state);
+        self.clear_if_retired();
+    }
+
+    /// At once: later another node may have its name.
+    fn clear_if_retired(&self) {
+        if self.is_retired() {
+            self.meters.clear();
+        }
     }
 
     pub(super) fn show_levels(&self) {
@@ -321,6 +329,7 @@ impl Shared {
             let connections = transport.connections_up();
             self.meters.set(Level::Connections, connections);
         }
+        self.clear_if_retired();
         self.latencies.turn();
     }
 
@@ -363,6 +372,7 @@ impl Shared {
         // What is on the way to it must not wait for it; nor will what it answers late be believed.
         if let Some(transport) = &self.transport {
             transport.drain(&self.unavailable());
+            self.book.birth_counts(transport.newest());
         }
         self.ensure_kept();
         self.wake.notify_one();
@@ -487,6 +497,7 @@ impl Shared {
         self.meters.clear();
         if let Some(transport) = &self.transport {
             transport.retire(&self.gone());
+            self.book.birth_counts(transport.newest());
             if !self.kept.load(Ordering::Acquire) {
                 // Where there is no runtime, nothing is under way.
                 transport.close();
@@ -511,8 +522,6 @@ impl Shared {
         if !idle && !overdue {
             return false;
         }
-        // Once more, for the keeper may just have set them.
-        self.meters.clear();
         if let Some(transport) = &self.transport {
             transport.close();
         }

@@ -301,6 +301,11 @@ impl Pipelined {
         self.0.up()
     }
 
+    /// How many connections have come up so far.
+    pub(crate) fn newest(&self) -> u32 {
+        self.0.newest()
+    }
+
     /// Closes every connection and ends what is on it.
     pub(crate) fn close(&self) {
         self.0.close();

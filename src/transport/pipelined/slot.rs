@@ -322,6 +322,10 @@ impl Pool {
         let _already = self.node.cluster_closing.set(closing);
     }
 
+    pub(super) fn newest(&self) -> u32 {
+        self.node.newest()
+    }
+
     pub(super) fn up(&self) -> usize {
         self.node.up()
     }
