@@ -30,7 +30,7 @@ pub use route::ClusterFuture;
 use shutdown::Phase;
 pub use topology::NodeSpec;
 pub(crate) use topology::validate;
-use topology::{Member, Topology};
+use topology::{Layout, Member, Topology};
 
 use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
 use crate::executor::{Executor, Spawner};
@@ -256,17 +256,28 @@ impl<S: Clone> Pool<S> {
             let member = |spec: &NodeSpec| Member {
                 node: Self::known(&current, spec).unwrap_or_else(|| {
                     let node = (self.factory)(spec);
-                    if let Some(book) = current.book_of(&spec.address) {
-                        node.shared().take_over(book);
-                    }
                     node.report_to(&self.changes);
                     node.shared().lingers_until(self.closing.subscribe());
                     node
                 }),
                 spec: spec.clone(),
             };
-            let members = specs.iter().map(member).collect();
-            let next = Arc::new(current.followed_by(&self.ring, members));
+            let members: Vec<_> = specs.iter().map(member).collect();
+            // What takes long first: from here on requests for a server that gets another node wait.
+            let layout = Layout::new(&self.ring, &members);
+            for Member { node, spec } in &members {
+                let Some(book) = current.book_of(&spec.address) else {
+                    continue;
+                };
+                if !Arc::ptr_eq(book, node.shared().book()) {
+                    // With its book goes what tells the former node what it must not answer with.
+                    if let Some(former) = current.at(&spec.address) {
+                        former.shared().retire();
+                    }
+                    node.shared().take_over(book);
+                }
+            }
+            let next = Arc::new(current.followed_by(layout, members));
             (self.topology.swap(next.clone()), next)
         };
         for member in before.members() {

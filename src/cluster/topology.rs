@@ -128,9 +128,8 @@ impl<S> Topology<S> {
         }
     }
 
-    /// What comes after this one.
-    pub(super) fn followed_by(&self, ring: &Ring, members: Vec<Member<S>>) -> Self {
-        let layout = Layout::new(ring, &members);
+    /// What comes after this one, laid out like that.
+    pub(super) fn followed_by(&self, layout: Layout, members: Vec<Member<S>>) -> Self {
         let formers = std::iter::once(&self.layout).chain(&self.formers);
         let formers = formers
             .map(Layout::up_to_date)
@@ -158,6 +157,13 @@ impl<S> Topology<S> {
         servers
             .find(|server| server.address == *address)
             .map(|server| &server.book)
+    }
+
+    /// The node at `address`.
+    pub(super) fn at(&self, address: &Address) -> Option<&Node<S>> {
+        let mut members = self.members.iter();
+        let member = members.find(|member| member.spec.address == *address);
+        member.map(|member| &member.node)
     }
 
     /// The key's own node.
@@ -206,7 +212,7 @@ impl<S> Topology<S> {
 
 /// Which servers there are and what is whose.
 #[derive(Debug)]
-struct Layout {
+pub(super) struct Layout {
     continuum: Arc<Continuum>,
     /// As the continuum counts them.
     servers: Box<[Server]>,
@@ -219,7 +225,7 @@ struct Server {
 }
 
 impl Layout {
-    fn new<S>(ring: &Ring, members: &[Member<S>]) -> Self {
+    pub(super) fn new<S>(ring: &Ring, members: &[Member<S>]) -> Self {
         let nodes: Vec<_> = members
             .iter()
             .map(|member| member.spec.ring_node())
@@ -287,6 +293,14 @@ mod tests {
         }
     }
 
+    fn followed_by(
+        before: &Topology<Service>,
+        ring: &Ring,
+        members: Vec<Member<Service>>,
+    ) -> Topology<Service> {
+        before.followed_by(Layout::new(ring, &members), members)
+    }
+
     #[test]
     fn lists_that_come_and_go_are_remembered_once() {
         let ring = Ring::default();
@@ -299,7 +313,7 @@ mod tests {
         for _ in 0..20 {
             // The same in another order, and with weights in the same proportion.
             for (places, weight) in [(&[0, 1, 2][..], 1), (&[2, 1, 0], 2), (&[1, 0], 3)] {
-                topology = topology.followed_by(&ring, of(places, weight));
+                topology = followed_by(&topology, &ring, of(places, weight));
             }
         }
         assert_eq!(topology.formers.len(), 1);
@@ -307,7 +321,7 @@ mod tests {
         for number in 4..100 {
             let mut members = of(&[0, 1], 1);
             members.push(member(number, 1));
-            topology = topology.followed_by(&ring, members);
+            topology = followed_by(&topology, &ring, members);
         }
         assert_eq!(topology.formers.len(), FORMERS);
         assert!(topology.book_of(&"node-2".parse().unwrap()).is_none());
@@ -321,11 +335,11 @@ mod tests {
         let mut topology = Topology::new(&ring, vec![again(&stays, 1), member(1, 1)]);
         let first = topology.members()[1].node.shared().book().clone();
         for _ in 0..20 {
-            topology = topology.followed_by(&ring, vec![again(&stays, 1)]);
+            topology = followed_by(&topology, &ring, vec![again(&stays, 1)]);
             let back = member(1, 1);
             let book = topology.book_of(&back.spec.address).unwrap();
             back.node.shared().take_over(book);
-            topology = topology.followed_by(&ring, vec![again(&stays, 1), back]);
+            topology = followed_by(&topology, &ring, vec![again(&stays, 1), back]);
         }
         assert_eq!(topology.formers.len(), 1);
         let last = topology.members()[1].node.shared().book().clone();
