@@ -180,7 +180,9 @@ async fn use_it(client: &Client) {
     }
     let values = client.get_many((0..4).map(|n| format!("k{n}"))).await;
     assert_eq!(values.errors().count(), 0);
-    assert_eq!(client.get("k0").await.unwrap().unwrap(), "v");
+    // Where nodes change it may be a miss: written beside a home that is still being cleaned.
+    let value = client.get("k0").await.unwrap();
+    assert!(value.is_none_or(|value| value == "v"));
 }
 
 async fn load() -> Result<Option<&'static str>, BoxError> {
