@@ -1,6 +1,6 @@
-//! What reads that hit notice of a loader whose threads are all blocked: nothing, or their 99th percentile
-//! would tell. One client against a real memcached, in one run, with the loader free and blocked in turn, so
-//! that what the machine does besides is the same for both.
+//! What reads that hit notice of a loader whose threads are all blocked, or of another functional group that
+//! is at its limit: nothing, or their 99th percentile would tell. One client against a real memcached, in
+//! one run, with and without that in turn, so that what the machine does besides is the same for both.
 //!
 //! `cargo bench --all-features --bench isolation` prints both distributions and the ratio of their 99th
 //! percentiles, and fails if it is over 1.2.
@@ -14,7 +14,8 @@ use tokio::runtime::Builder;
 use tokio::time::{Instant, sleep};
 use tower_memcached::testing::Memcached;
 use tower_memcached::{
-    BlockingLoader, BoxedService, Client, Executor, Key, Loader, Payload, ReadThroughLayer, Ttl,
+    BlockingLoader, BoxedService, Client, Executor, GroupSettings, Key, Loader, Payload,
+    ReadThroughLayer, Ttl,
 };
 
 const THREADS: usize = 2;
@@ -108,9 +109,50 @@ async fn compare(name: &str, database: &Database, client: Client<BoxedService>) 
         }
         database.until_asked_by(0).await;
     }
+    ratio(name, &free, &blocked)
+}
+
+/// The same for the reads of one group, with another group at its limit and without.
+async fn compare_groups(client: Client) -> f64 {
+    let reads = client.group("reads").unwrap().boxed();
+    for n in 0..KEYS {
+        let key = format!("k{n}");
+        reads.set(key, "cached", Ttl::NEVER).await.unwrap();
+    }
+    let [mut free, mut beside] = [(); 2].map(|()| Histogram::new(3).unwrap());
+    read(&reads, &mut Histogram::new(3).unwrap()).await;
+    let shed = Arc::new(AtomicUsize::new(0));
+    for _ in 0..ROUNDS {
+        read(&reads, &mut free).await;
+        let floods = (0..CALLERS).map(|_| {
+            let (flood, shed) = (client.group("flood").unwrap(), shed.clone());
+            tokio::spawn(async move {
+                loop {
+                    if flood
+                        .get("k")
+                        .await
+                        .is_err_and(|error| error.is_overloaded())
+                    {
+                        shed.fetch_add(1, Ordering::Relaxed);
+                    }
+                    sleep(Duration::from_millis(1)).await;
+                }
+            })
+        });
+        let floods: Vec<_> = floods.collect();
+        read(&reads, &mut beside).await;
+        floods.iter().for_each(|flood| flood.abort());
+    }
+    let shed = shed.load(Ordering::Relaxed);
+    println!("of the group that floods {shed} requests were shed");
+    assert!(shed > 0, "it was not at its limit");
+    ratio("groups", &free, &beside)
+}
+
+fn ratio(name: &str, free: &Histogram<u64>, blocked: &Histogram<u64>) -> f64 {
     let ratio = blocked.value_at_quantile(0.99) as f64 / free.value_at_quantile(0.99) as f64;
-    println!("{name}: 99th percentile {ratio:.2} times that with free threads");
-    for (threads, latencies) in [("free", &free), ("blocked", &blocked)] {
+    println!("{name}: 99th percentile {ratio:.2} times that of the undisturbed");
+    for (threads, latencies) in [("free", free), ("blocked", blocked)] {
         let at = |quantile| Duration::from_nanos(latencies.value_at_quantile(quantile));
         let (p50, p99, p999) = (at(0.5), at(0.99), at(0.999));
         let reads = latencies.len();
@@ -152,8 +194,13 @@ fn main() {
     let blocking = build().layer(blocking).build().unwrap().boxed();
     let blocking = application.block_on(compare("blocking", &database, blocking));
 
+    let flood = GroupSettings::default().prefix("flood:").rate(1_000);
+    let reads = GroupSettings::default().prefix("reads:");
+    let groups = build().group("flood", flood).group("reads", reads);
+    let groups = application.block_on(compare_groups(groups.build().unwrap()));
+
     assert!(
-        shared <= LIMIT && blocking <= LIMIT,
-        "over {LIMIT}: reads that hit notice loads"
+        shared <= LIMIT && blocking <= LIMIT && groups <= LIMIT,
+        "over {LIMIT}: reads that hit notice the others"
     );
 }
