@@ -177,20 +177,19 @@ impl Journal {
         match inner.keys.entry(key.clone()) {
             Place::Occupied(mut entry) => {
                 let entry = entry.get_mut();
-                if reason == Reason::Outdated {
-                    // A deletion that is under way will do, or else a key that is written all the
-                    // time would never leave; but a write that is under way may come after it.
-                    if entry.held > 0 {
-                        entry.generation = generation;
-                    }
-                    return Recorded::In { wake: false };
-                }
-                entry.generation = generation;
                 match reason {
                     Reason::InDoubt => entry.again = Again::AfterGrace,
                     Reason::Lingering => entry.lingering += 1,
-                    Reason::Outdated => unreachable!("returned above"),
+                    // A deletion that is under way will do, or else a key that is written all the
+                    // time would never leave; but a write that is under way may come after it.
+                    Reason::Outdated => {
+                        if entry.held > 0 {
+                            entry.generation = generation;
+                        }
+                        return Recorded::In { wake: false };
+                    }
                 }
+                entry.generation = generation;
                 if let Some((None, _)) = entry.due {
                     return Recorded::In { wake: false };
                 }

@@ -289,11 +289,6 @@ impl Entry {
 }
 
 impl<W> Pipeline<W> {
-    /// Other limits for what comes from now on.
-    pub(crate) fn set_limits(&mut self, limits: Limits) {
-        self.limits = limits;
-    }
-
     pub(crate) fn new(limits: Limits, node: NonZeroU32) -> Self {
         Self {
             limits,
@@ -314,6 +309,11 @@ impl<W> Pipeline<W> {
             written: 0,
             earliest_deadline: None,
         }
+    }
+
+    /// Other limits for what comes from now on.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
     }
 
     /// Begins a new connection: the number it has among the node's, and whether the server

@@ -95,6 +95,10 @@ impl Loading {
         let guard = settings.guard.clone().unwrap_or_else(guard);
         Self { settings, guard }
     }
+
+    fn swappable(self) -> Arc<ArcSwap<Self>> {
+        Arc::new(ArcSwap::from_pointee(self))
+    }
 }
 
 /// Those in force.
@@ -261,8 +265,7 @@ const LOOKUPS: usize = 64;
 impl Engine {
     pub(crate) fn new(settings: ReadThroughSettings, means: Means) -> Arc<Self> {
         let loading = Loading::new(settings, LoadGuard::default);
-        let loading = Arc::new(ArcSwap::from_pointee(loading));
-        Self::of(loading, means, Flights::default())
+        Self::of(loading.swappable(), means, Flights::default())
     }
 
     fn of(loading: Arc<ArcSwap<Loading>>, means: Means, flights: Flights) -> Arc<Self> {
@@ -286,8 +289,7 @@ impl Engine {
     /// Another way to load the same keys: what one of the two invalidates the other does not put
     /// back.
     pub(crate) fn with_settings(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        let loading = Loading::new(settings, LoadGuard::default);
-        let loading = Arc::new(ArcSwap::from_pointee(loading));
+        let loading = Loading::new(settings, LoadGuard::default).swappable();
         Self::of(loading, self.means.clone(), self.flights.clone())
     }
 
@@ -297,8 +299,7 @@ impl Engine {
 
     /// Another way to load other keys, by the same guard unless the settings have one.
     pub(crate) fn of_group(&self, settings: ReadThroughSettings) -> Arc<Self> {
-        let loading = Loading::new(settings, || self.guard());
-        let loading = Arc::new(ArcSwap::from_pointee(loading));
+        let loading = Loading::new(settings, || self.guard()).swappable();
         Self::of(loading, self.means.clone(), Flights::default())
     }
 
