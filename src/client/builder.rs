@@ -20,7 +20,7 @@ use crate::read_through::{Engine, LoadLimits, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
 use crate::shutdown::Tracker;
-use crate::transport::{Connector, Parts, Pipelined, SystemConnector};
+use crate::transport::{Connector, Parts, Protocol, SystemConnector, Transport};
 
 /// Configures and builds a [`Client`]. Nothing is checked, opened or started before
 /// [`build`](Self::build).
@@ -176,6 +176,30 @@ impl<L, N> ClientBuilder<L, N> {
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
         self.config.connections = connections;
+        self
+    }
+
+    /// Which protocol nodes are asked in; by default ([`Protocol::Auto`]) each in the one that it
+    /// speaks. A node may have one of its own: [`NodeConfig::with_protocol`].
+    #[must_use]
+    pub fn protocol(mut self, protocol: Protocol) -> Self {
+        self.config.protocol = protocol;
+        self
+    }
+
+    /// Adds a node with settings of its own.
+    #[must_use]
+    pub fn node(mut self, node: NodeConfig) -> Self {
+        self.config.nodes.push(node);
+        self
+    }
+
+    /// How many connections there may be to a node that is asked in the [classic](Protocol::Classic)
+    /// protocol, which has one request at a time on each; 16 by default. They are made as they are
+    /// needed, and closed when none has needed them for a minute.
+    #[must_use]
+    pub fn pool_size(mut self, connections: u32) -> Self {
+        self.config.pool_size = connections;
         self
     }
 
@@ -352,7 +376,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// wrong: no nodes, an address that is none, a node twice, a zero timeout or limit.
     pub fn build<S>(self) -> Result<Client<L::Service>>
     where
-        N: Layer<Pipelined, Service = S> + Send + Sync + 'static,
+        N: Layer<Transport, Service = S> + Send + Sync + 'static,
         S: Service<Request, Response = Response> + Clone + Send + Sync + 'static,
         S::Error: Into<BoxError>,
         L: Layer<Cluster<S>>,
@@ -381,12 +405,16 @@ impl<L, N> ClientBuilder<L, N> {
         let (node_layer, times_attempts) = (self.node_layer, self.times_attempts);
         let (connector, nodes_spawner) = (self.connector, spawner.clone());
         let settings = live.clone();
+        let (protocol, pool_size) = (config.protocol, config.pool_size);
         let factory = move |spec: &NodeSpec| {
             let (node, transport) = (*settings.load_full()).clone();
             let parts = Parts {
                 name: spec.name.clone(),
                 address: spec.address.clone(),
                 settings: transport,
+                protocol: spec.protocol.unwrap_or(protocol),
+                spoken: Arc::default(),
+                pool_size,
                 connector: connector.clone(),
                 spawner: nodes_spawner.for_node(),
                 observer: None,

@@ -39,10 +39,10 @@ use crate::read_through::{Engine, LoadGuard, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::{Response, misfit};
 use crate::shutdown::shut_down;
-use crate::transport::Pipelined;
+use crate::transport::Transport;
 
 /// The stack that [`ClientBuilder::build`] makes when no layers are added.
-pub type DefaultService = Cluster<Pipelined>;
+pub type DefaultService = Cluster<Transport>;
 
 /// The service of a [`Client::boxed`].
 pub type BoxedService = BoxCloneSyncService<Request, Response, BoxError>;

@@ -298,7 +298,7 @@ impl<S: Clone> Pool<S> {
     fn known(current: &Topology<S>, spec: &NodeSpec) -> Option<Node<S>> {
         let mut members = current.members().iter();
         let known = members
-            .find(|known| known.spec.name == spec.name && known.spec.address == spec.address);
+            .find(|known| known.spec.is_same_place(spec));
         known.map(|known| known.node.clone())
     }
 }

@@ -10,7 +10,7 @@ use super::ring::{Continuum, NodeName, Ring, RingNode};
 use crate::error::{Invalid, Result};
 use crate::key::Key;
 use crate::node::{Book, Node, Reason, Shared as NodeShared};
-use crate::transport::Address;
+use crate::transport::{Address, Protocol};
 
 /// A node as it is configured: its name as the user wrote it, where that is, and its share of the
 /// keys.
@@ -19,6 +19,8 @@ pub struct NodeSpec {
     pub(crate) name: Arc<str>,
     pub(crate) address: Address,
     pub(crate) weight: u32,
+    /// Where it is not the client's.
+    pub(crate) protocol: Option<Protocol>,
 }
 
 impl NodeSpec {
@@ -32,6 +34,7 @@ impl NodeSpec {
             name: address.into(),
             address: address.parse()?,
             weight: 1,
+            protocol: None,
         })
     }
 
@@ -39,6 +42,13 @@ impl NodeSpec {
     #[must_use]
     pub fn with_weight(mut self, weight: u32) -> Self {
         self.weight = weight;
+        self
+    }
+
+    /// Says which protocol it is asked in, if that is not what the client's other nodes are.
+    #[must_use]
+    pub fn with_protocol(mut self, protocol: Protocol) -> Self {
+        self.protocol = Some(protocol);
         self
     }
 
@@ -52,6 +62,12 @@ impl NodeSpec {
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.address
+    }
+
+    /// Whether the node of one is that of the other, with whatever share of the keys.
+    pub(super) fn is_same_place(&self, other: &Self) -> bool {
+        let of = |spec: &Self| (spec.name.clone(), spec.address.clone(), spec.protocol);
+        of(self) == of(other)
     }
 
     fn ring_node(&self) -> RingNode<'_> {

@@ -49,7 +49,7 @@ use crate::executor::Executor;
 use crate::group::GroupSettings;
 use crate::node::{BreakerSettings, JournalSettings, ProbeSettings};
 use crate::read_through::{LoadLimits, ReadThroughSettings};
-use crate::transport::PipelinedSettings;
+use crate::transport::{PipelinedSettings, Protocol};
 
 /// What a client is told: see the [builder](crate::ClientBuilder)'s methods of the same names for what
 /// each means, and `docs/CONFIGURATION.md` for all of them in tables: defaults, units, what a wrong one
@@ -87,8 +87,12 @@ pub struct Config {
     /// How long connecting may take; twice the attempt timeout by default.
     #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub connect_timeout: Option<Duration>,
-    /// Connections to each node; 1 by default.
+    /// Which protocol nodes are asked in; by default each in the one that it speaks.
+    pub protocol: Protocol,
+    /// Connections to each node that is asked in the meta protocol; 1 by default.
     pub connections: usize,
+    /// Connections that there may be to each node that is asked in the classic protocol; 16 by default.
+    pub pool_size: u32,
     /// Requests that each node may have at once; 16,384 by default.
     pub max_in_flight: usize,
     /// The largest value to send or receive, in bytes; 1 MiB by default.
@@ -142,7 +146,9 @@ impl Default for Config {
             attempt_timeout: Duration::from_millis(30),
             stall_timeout: None,
             connect_timeout: None,
+            protocol: Protocol::Auto,
             connections: transport.connections,
+            pool_size: 16,
             max_in_flight: transport.limits.requests,
             max_value_size: transport.limits.value,
             failure_mode: cluster.failure_mode,

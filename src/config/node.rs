@@ -2,6 +2,7 @@
 
 use crate::cluster::NodeSpec;
 use crate::error::{Error, Invalid};
+use crate::transport::Protocol;
 
 /// A node's address and its share of the keys. As data (feature `serde`) it is the address alone, or
 /// `{ address = "10.0.0.2", weight = 2 }`.
@@ -13,6 +14,9 @@ pub struct NodeConfig {
     pub address: String,
     /// Its share of the keys, in proportion to the others'; 1 is usual.
     pub weight: u32,
+    /// Which protocol it is asked in, if that is not what the others are.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub protocol: Option<Protocol>,
 }
 
 impl NodeConfig {
@@ -22,6 +26,7 @@ impl NodeConfig {
         Self {
             address: address.into(),
             weight: 1,
+            protocol: None,
         }
     }
 
@@ -32,8 +37,17 @@ impl NodeConfig {
         self
     }
 
+    /// Says which protocol it is asked in.
+    #[must_use]
+    pub fn with_protocol(mut self, protocol: Protocol) -> Self {
+        self.protocol = Some(protocol);
+        self
+    }
+
     fn spec(&self) -> Result<NodeSpec, Error> {
-        Ok(NodeSpec::new(&self.address)?.with_weight(self.weight))
+        let mut spec = NodeSpec::new(&self.address)?.with_weight(self.weight);
+        spec.protocol = self.protocol;
+        Ok(spec)
     }
 
     /// The nodes of a list, checked.
@@ -43,6 +57,9 @@ impl NodeConfig {
             let invalid =
                 |error: Error| Invalid::new(format!("nodes[{index}]"), error.message().to_owned());
             specs.push(node.spec().map_err(invalid)?);
+            if let Some(protocol) = node.protocol {
+                super::plan::speaks(&format!("nodes[{index}].protocol"), protocol)?;
+            }
         }
         crate::cluster::validate(&specs)?;
         Ok(specs)
@@ -56,7 +73,7 @@ mod data {
     use serde::de::value::MapAccessDeserializer;
     use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 
-    use super::NodeConfig;
+    use super::{NodeConfig, Protocol};
 
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -64,6 +81,7 @@ mod data {
         address: String,
         #[serde(default = "one")]
         weight: u32,
+        protocol: Option<Protocol>,
     }
 
     fn one() -> u32 {
@@ -82,7 +100,7 @@ mod data {
         type Value = NodeConfig;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("an address, or a table of an address and a weight")
+            f.write_str("an address, or a table of an address, a weight and a protocol")
         }
 
         fn visit_str<E: Error>(self, address: &str) -> Result<NodeConfig, E> {
@@ -90,8 +108,12 @@ mod data {
         }
 
         fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<NodeConfig, A::Error> {
-            let Table { address, weight } = Table::deserialize(MapAccessDeserializer::new(map))?;
-            Ok(NodeConfig { address, weight })
+            let table = Table::deserialize(MapAccessDeserializer::new(map))?;
+            Ok(NodeConfig {
+                address: table.address,
+                weight: table.weight,
+                protocol: table.protocol,
+            })
         }
     }
 }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use super::{Config, ExecutorConfig, NodeConfig};
 use crate::cluster::{ClusterSettings, GroupRoute, NodeSpec};
-use crate::error::Invalid;
+use crate::error::{Invalid, not_zero};
 use crate::group::GroupSettings;
 use crate::node::NodeSettings;
-use crate::transport::PipelinedSettings;
+use crate::transport::{PipelinedSettings, Protocol};
 
 /// More are a mistake.
 const MOST_CONNECTIONS: usize = 1_024;
@@ -17,6 +17,17 @@ fn at_most(setting: &str, value: usize, most: usize) -> Result<(), Invalid> {
     match value > most {
         true => Err(Invalid::new(setting, format!("is over {most}"))),
         false => Ok(()),
+    }
+}
+
+/// Whether this build has that protocol.
+pub(super) fn speaks(setting: &str, protocol: Protocol) -> Result<(), Invalid> {
+    match protocol {
+        Protocol::Classic if !cfg!(feature = "classic") => {
+            let why = "needs the feature `classic` of tower-memcached";
+            Err(Invalid::new(setting, why))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -77,6 +88,9 @@ impl Config {
         transport.connect_timeout = self.connect_timeout;
         transport.validate()?;
         at_most("connections", self.connections, MOST_CONNECTIONS)?;
+        not_zero("pool_size", self.pool_size == 0)?;
+        at_most("pool_size", self.pool_size as usize, MOST_CONNECTIONS)?;
+        speaks("protocol", self.protocol)?;
         for (setting, executor) in [
             ("executor.threads", &self.executor),
             ("load_executor.threads", &self.load_executor),
@@ -175,6 +189,8 @@ impl Config {
         stays("load_executor", self.load_executor == next.load_executor)?;
         stays("ring", self.ring == next.ring)?;
         stays("connections", self.connections == next.connections)?;
+        stays("pool_size", self.pool_size == next.pool_size)?;
+        stays("protocol", self.protocol == next.protocol)?;
         let same_size = self.max_value_size == next.max_value_size;
         stays("max_value_size", same_size)?;
         let same_capacity = self.journal.same_capacity(&next.journal);

@@ -57,7 +57,7 @@ use crate::key::Key;
 use crate::kill_switch::noted;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
-use crate::transport::{Parts, Pipelined, PipelinedSettings};
+use crate::transport::{Parts, PipelinedSettings, Transport};
 
 /// What [`gate`] synchronises with.
 mod sync {
@@ -235,7 +235,7 @@ impl<S> Node<S> {
         Ok(Self::kept(shared, service))
     }
 
-    /// A node over the pipelined transport, with the user's layers between. The transport's own
+    /// A node over its transport, with the user's layers between. The transport's own
     /// connections report to the breaker; a node that is out is probed over a connection of its
     /// own.
     pub(crate) fn over_transport<L>(
@@ -245,7 +245,7 @@ impl<S> Node<S> {
         times_attempts: bool,
     ) -> Self
     where
-        L: Layer<Pipelined, Service = S>,
+        L: Layer<Transport, Service = S>,
     {
         let probing = parts.clone();
         let fresh = move |settings: Option<PipelinedSettings>| {
@@ -254,7 +254,8 @@ impl<S> Node<S> {
             let (limits, needed) = (&mut fresh.settings.limits, probe::CANARY_SIZE * 2);
             limits.value = limits.value.max(needed);
             limits.queued_bytes = limits.queued_bytes.max(needed);
-            asker(Pipelined::from_parts(fresh))
+            fresh.pool_size = 1;
+            asker(Transport::from_parts(fresh))
         };
         let policy = Policy::new(settings.breaker.clone(), settings.attempt_timeout);
         let policy = Arc::new(policy);
@@ -267,7 +268,7 @@ impl<S> Node<S> {
                 book: book.clone(),
                 policy: policy.clone(),
             };
-            let made = Pipelined::from_parts(Parts {
+            let made = Transport::from_parts(Parts {
                 observer: Some(Arc::new(watch)),
                 ..parts
             });

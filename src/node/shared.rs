@@ -26,7 +26,7 @@ use crate::key::Key;
 use crate::request::{Origin, Request};
 use crate::response::Response;
 use crate::telemetry::{Event as Counted, Level, NodeMeters};
-use crate::transport::{ConnectFailure, Event, Observer, Pipelined, PipelinedSettings};
+use crate::transport::{ConnectFailure, Event, Observer, PipelinedSettings, Transport};
 
 impl Moment for Instant {
     fn since(self, earlier: Self) -> Duration {
@@ -77,7 +77,7 @@ pub(crate) struct Shared {
     retired: OnceLock<Instant>,
     pub(super) spawner: Spawner,
     /// Where it is known: it judges its connections itself.
-    pub(super) transport: Option<Pipelined>,
+    pub(super) transport: Option<Transport>,
     /// Whether attempts must be timed here, for what is below may wait without end.
     pub(super) times_attempts: bool,
 }
@@ -93,7 +93,7 @@ pub(super) struct Makings {
     pub(super) asker: Asker,
     pub(super) fresh: Fresh,
     pub(super) spawner: Spawner,
-    pub(super) transport: Option<Pipelined>,
+    pub(super) transport: Option<Transport>,
     pub(super) times_attempts: bool,
     pub(super) book: Arc<Book>,
 }
@@ -132,7 +132,7 @@ impl Shared {
             canary: probe::canary_key(),
             canary_size: transport
                 .as_ref()
-                .map_or(CANARY_SIZE, Pipelined::max_value_size)
+                .map_or(CANARY_SIZE, Transport::max_value_size)
                 .min(CANARY_SIZE),
             kept: AtomicBool::new(false),
             wake: Arc::new(Notify::new()),
@@ -158,7 +158,7 @@ impl Shared {
     }
 
     pub(super) fn fresh_asker(&self) -> Asker {
-        (self.fresh)(self.transport.as_ref().map(Pipelined::settings))
+        (self.fresh)(self.transport.as_ref().map(Transport::settings))
     }
 
     /// Other settings from now on, but for the room in its journal.
@@ -243,7 +243,7 @@ impl Shared {
     }
 
     pub(crate) fn connections(&self) -> usize {
-        self.transport.as_ref().map_or(1, Pipelined::connections)
+        self.transport.as_ref().map_or(1, Transport::connections)
     }
 
     /// Takes a place among those who wait for it to be back.
@@ -347,7 +347,7 @@ impl Shared {
             cause,
             last_cause,
             in_flight: self.in_flight(),
-            connections: transport.map_or(0, Pipelined::connections_up),
+            connections: transport.map_or(0, Transport::connections_up),
             journal: self.journal.len(),
         }
     }
@@ -545,7 +545,7 @@ impl Shared {
     pub(super) fn probe_within(&self) -> Duration {
         let attempt = self.settings.load().attempt_timeout;
         self.settings.load().probe.timeout.unwrap_or_else(|| {
-            let connecting = self.transport.as_ref().map(Pipelined::connect_within);
+            let connecting = self.transport.as_ref().map(Transport::connect_within);
             connecting
                 .unwrap_or(attempt.saturating_mul(2))
                 .saturating_add(attempt.saturating_mul(2))

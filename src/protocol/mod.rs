@@ -15,7 +15,7 @@ mod reply;
 mod version;
 
 pub(crate) use pipeline::{Batch, Pipeline, Ticket};
-pub(crate) use reply::{Parser, Reply};
+pub(crate) use reply::{Failure, Parser, Reply};
 pub use version::MINIMUM_VERSION;
 pub(crate) use version::ServerVersion;
 

@@ -1,13 +1,28 @@
 //! From requests to sockets.
 //!
-//! [`Pipelined`] is the transport: many requests share few connections, each connection one task
-//! on the I/O executor. A [`Connector`] makes the byte streams, to the place an [`Address`] names.
+//! [`Transport`] is one node's: it asks the server in whichever protocol that speaks, over
+//! [`Pipelined`] connections (the meta protocol: many requests share few of them) or over the pool of
+//! `classic` ones (one request at a time each). A [`Connector`] makes the byte streams, to the place
+//! an [`Address`] names; the `greeting` finds out who is there; what comes of it all is told to an
+//! `Observer`, and connections that were given up with writes unanswered `linger`.
 
 mod address;
+#[cfg(feature = "classic")]
+mod classic;
 mod connector;
+mod dispatch;
+mod greeting;
+mod linger;
+mod observer;
 mod pipelined;
+mod protocol;
+mod site;
 
 pub use address::Address;
 pub use connector::{BoxStream, ByteStream, Connecting, Connector, SystemConnector};
-pub(crate) use pipelined::{ConnectFailure, Event, Observer, Parts};
+pub use dispatch::{Transport, TransportFuture};
+pub(crate) use observer::{ConnectFailure, Event, Observer};
 pub use pipelined::{Pipelined, PipelinedFuture, PipelinedSettings};
+pub use protocol::Protocol;
+pub(crate) use protocol::Spoken;
+pub(crate) use site::Parts;

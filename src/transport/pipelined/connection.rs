@@ -12,13 +12,13 @@ use bytes::BytesMut;
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::Event;
-use super::connect::{ConnectFailure, Connected, connect};
-use super::slot::{Node, Phase, Slot, shut_down};
+use super::slot::{Node, Phase, Slot};
 use crate::error::{Charge, Error, ErrorKind};
 use crate::executor::{LATE, after};
-use crate::protocol::{Batch, Parser, Reply, Violation};
-use crate::transport::BoxStream;
+use crate::protocol::{Batch, Parser, Reply, ServerVersion, Violation};
+use crate::transport::greeting::Connected;
+use crate::transport::site::{backoff, shut_down};
+use crate::transport::{BoxStream, ConnectFailure, Event};
 
 /// The least room for a read.
 const READ_SIZE: usize = 16 * 1024;
@@ -31,10 +31,6 @@ const READS_IN_A_ROW: usize = 16;
 
 /// Parts of one write. Linux takes 1,024; a few large values fill the socket anyway.
 const WRITE_SLICES: usize = 32;
-
-/// The wait before a second connect; doubled with each further failure.
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 /// A connection that lived this long, or answered something in time, was a good one: its
 /// successor is dialled at once.
@@ -79,15 +75,21 @@ async fn run(guard: Guard) {
         let error = match outcome {
             Err((failure, error)) => {
                 redial = false;
-                let error = error.at_node(&node.name);
+                let error = error.at_node(&node.site.name);
+                if failure == ConnectFailure::OtherProtocol {
+                    // Whoever waits is told to ask in that.
+                    (suspect, failures) = (false, 0);
+                    node.fail_all(slot, &error, Phase::Idle, None);
+                    continue;
+                }
                 if suspect && failure.is_the_nodes() {
                     node.set_dead(&mut slot.lock(), true);
                 }
                 // The judgement first, so that what is moved now does not come back here.
-                node.report(&Event::ConnectFailed {
+                node.site.report(&Event::ConnectFailed {
                     failure,
                     error: &error,
-                    others_up: node.up(),
+                    others_up: node.site.up(),
                     untried: node.has_untried(),
                     most_dead: node.most_dead(),
                 });
@@ -106,15 +108,15 @@ async fn run(guard: Guard) {
                 match end {
                     End::Closed => {
                         // Its cluster may go on, and want to know when that has ended.
-                        let error = shut_down().at_node(&node.name);
+                        let error = node.site.shut_down();
                         node.fail_all(slot, &error, Phase::Closed, given_up);
                         return;
                     }
                     End::Lost(error) => {
                         given_up = None;
-                        error.at_node(&node.name)
+                        error.at_node(&node.site.name)
                     }
-                    End::Violated(violation) => Error::from(violation).at_node(&node.name),
+                    End::Violated(violation) => Error::from(violation).at_node(&node.site.name),
                     End::Drained(error) => {
                         // Whatever is asked of it next is asked once it is known to answer.
                         (suspect, failures, redial) = (false, 0, false);
@@ -123,12 +125,12 @@ async fn run(guard: Guard) {
                         continue;
                     }
                     End::Unresponsive(error) => {
-                        let error = error.at_node(&node.name);
+                        let error = error.at_node(&node.site.name);
                         let again = std::mem::replace(&mut suspect, true);
                         if again {
                             node.set_dead(&mut slot.lock(), true);
                         }
-                        node.report(&Event::Unresponsive {
+                        node.site.report(&Event::Unresponsive {
                             error: &error,
                             most_dead: again && node.most_dead(),
                         });
@@ -173,17 +175,9 @@ impl Drop for Guard {
                 "the runtime of the connection has ended",
             ),
         };
-        let error = error.at_node(&self.node.name);
+        let error = error.at_node(&self.node.site.name);
         self.node.fail_all(slot, &error, Phase::Unstarted, None);
     }
-}
-
-/// Half of it fixed, half of it random, so that many clients do not come back at once.
-fn backoff(failures: u32) -> Duration {
-    let full = FIRST_BACKOFF
-        .saturating_mul(1 << failures.min(16))
-        .min(MAX_BACKOFF);
-    full / 2 + (full / 2).mul_f64(fastrand::f64())
 }
 
 /// Waits until something is queued; false when the slot is closed.
@@ -210,8 +204,7 @@ async fn connect_while_queueing(
     node: &Node,
     slot: &Slot,
 ) -> Option<Result<Connected, (ConnectFailure, Error)>> {
-    let within = node.settings.load().connect_within();
-    let mut connecting = pin!(connect(&*node.connector, &node.address, within));
+    let mut connecting = pin!(node.site.connect(true));
     let mut timer = Timer::new();
     let mut woken = Vec::new();
     poll_fn(|cx| {
@@ -245,15 +238,6 @@ async fn connect_while_queueing(
     .await
 }
 
-/// A connection that is up, for as long as this lives.
-struct Up<'a>(&'a Node);
-
-impl Drop for Up<'_> {
-    fn drop(&mut self) {
-        self.0.connection_down();
-    }
-}
-
 /// Runs one connection until it ends, and hands it back.
 async fn serve(
     node: &Node,
@@ -261,16 +245,16 @@ async fn serve(
     connected: Connected,
     answered: &mut bool,
 ) -> (End, Option<BoxStream>) {
-    let number = node.connection_up();
-    let _up = Up(node);
+    let up = node.site.connection_up();
     {
         let mut state = slot.lock();
         if let Phase::Closed = state.phase {
             return (End::Closed, None);
         }
         state.phase = Phase::Up;
-        let opaque_on_miss = connected.version.has_opaque_on_miss();
-        state.pipeline.connected(number, opaque_on_miss);
+        let version = connected.version;
+        let opaque_on_miss = version.is_some_and(ServerVersion::has_opaque_on_miss);
+        state.pipeline.connected(up.number, opaque_on_miss);
     }
     let mut connection = Connection::new(connected.stream, node);
     let end = poll_fn(|cx| connection.poll(node, slot, answered, cx)).await;
@@ -349,7 +333,7 @@ struct Connection {
 
 impl Connection {
     fn new(stream: BoxStream, node: &Node) -> Self {
-        let settings = node.settings.load();
+        let settings = node.site.settings.load();
         Self {
             stream,
             parser: Parser::new(settings.limits.value),
@@ -362,7 +346,7 @@ impl Connection {
             streak: None,
             attempt_timeout: settings.attempt_timeout,
             stall_timeout: settings.stall_after(),
-            slow_after: node.slow_after(),
+            slow_after: node.site.slow_after(),
             timeouts_to_close: settings.timeouts_to_close,
             replies: Vec::new(),
             woken: Vec::new(),
@@ -371,11 +355,11 @@ impl Connection {
 
     /// The settings may have changed.
     fn refresh(&mut self, node: &Node) {
-        let settings = node.settings.load();
+        let settings = node.site.settings.load();
         self.attempt_timeout = settings.attempt_timeout;
         self.stall_timeout = settings.stall_after();
         self.timeouts_to_close = settings.timeouts_to_close;
-        self.slow_after = node.slow_after();
+        self.slow_after = node.site.slow_after();
     }
 
     /// Reading comes first: what has arrived must be known before a time-out is judged, and
@@ -501,10 +485,10 @@ impl Connection {
                 *answered = true;
             }
             if done > 0 {
-                node.answered(done, self.heard_at);
+                node.site.answered(done, self.heard_at);
             }
             if let Some(sent_at) = first_slow {
-                node.report(&Event::Slow {
+                node.site.report(&Event::Slow {
                     requests: slow,
                     sent_at,
                 });
@@ -530,7 +514,7 @@ impl Connection {
                     return Ok(());
                 }
                 self.yielded = false;
-                let (now, newest) = (Instant::now(), node.newest());
+                let (now, newest) = (Instant::now(), node.site.newest());
                 let attempt = self.attempt_timeout;
                 let (batch, woken) = (&mut self.batch, &mut self.woken);
                 state.pipeline.take(batch, now, attempt, newest, woken);

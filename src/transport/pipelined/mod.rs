@@ -11,69 +11,26 @@
 //! that has received no byte for the stall timeout while something is unanswered, is closed; what
 //! was on it ends there and then.
 
-mod connect;
 mod connection;
-mod linger;
 mod slot;
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::time::Instant;
 use tower::Service;
 
-pub(crate) use connect::ConnectFailure;
 pub use slot::PipelinedFuture;
 use slot::Pool;
 
+use super::protocol::Protocol;
+use super::site::{Parts, Site};
 use super::{Address, Connector};
 use crate::error::{Error, Invalid, Result, not_zero};
-use crate::executor::Executor;
-use crate::key::Key;
+use crate::executor::{Executor, Spawner};
 use crate::protocol::Limits;
 use crate::request::Request;
 use crate::response::Response;
-
-/// What happened to a node's connections, for whoever judges the node.
-#[derive(Debug)]
-pub(crate) enum Event<'a> {
-    /// Connecting failed, while so many other connections of the node are up, and others have yet
-    /// to be tried or not.
-    ConnectFailed {
-        failure: ConnectFailure,
-        error: &'a Error,
-        others_up: usize,
-        untried: bool,
-        most_dead: bool,
-    },
-    /// A connection was closed because it did not answer. `most_dead`: most of the node's
-    /// connections did not, and nor did those made in their place.
-    Unresponsive { error: &'a Error, most_dead: bool },
-    /// So many of the requests [answered](Observer::answered), the first of them sent then, should
-    /// have been sooner.
-    Slow { requests: u32, sent_at: Instant },
-    /// Keys of writes that may have been executed, or may still be. `lingers`: the end of that doubt
-    /// will be told.
-    InDoubt { keys: &'a [Key], lingers: bool },
-    /// The end of a doubt that lingers: they will not be executed any more. Unless that is not
-    /// `certain`, because it was not waited for any longer.
-    DoubtEnds { keys: &'a [Key], certain: bool },
-}
-
-/// Whoever judges a node by what its connections do.
-pub(crate) trait Observer: Send + Sync {
-    /// So many requests were answered in time.
-    fn answered(&self, requests: u32, now: Instant);
-
-    /// From when on a request is [slow](Event::Slow).
-    fn slow_after(&self) -> Duration;
-
-    fn observe(&self, event: &Event<'_>);
-}
 
 /// The settings of a [`Pipelined`] transport.
 #[derive(Clone, Debug)]
@@ -193,16 +150,6 @@ impl PipelinedSettings {
     }
 }
 
-/// Numbers the nodes of this process, so that a CAS token can tell them apart.
-fn next_node_number() -> NonZeroU32 {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    loop {
-        if let Some(number) = NonZeroU32::new(NEXT.fetch_add(1, Ordering::Relaxed)) {
-            return number;
-        }
-    }
-}
-
 /// One node, over pipelined connections: the bottom of the stack.
 ///
 /// A cheap handle: clones share the connections, which are closed when the last clone, and the
@@ -232,87 +179,69 @@ impl Pipelined {
     ) -> Result<Self> {
         settings.validate()?;
         let name = Arc::from(address.to_string());
-        let parts = slot::Parts {
+        let (site, spawner) = Site::new(Parts {
             name,
             address,
             settings,
+            protocol: Protocol::Meta,
+            spoken: Arc::default(),
+            pool_size: 0,
             connector,
             spawner: executor.start()?.for_node(),
             observer: None,
-        };
-        Ok(Self::from_parts(parts))
+        });
+        Ok(Self::at(site, spawner))
     }
 
-    pub(crate) fn from_parts(parts: slot::Parts) -> Self {
-        Self(Arc::new(Pool::new(parts, next_node_number())))
+    pub(super) fn at(site: Arc<Site>, spawner: Spawner) -> Self {
+        Self(Arc::new(Pool::new(site, spawner)))
+    }
+
+    pub(super) fn request(&self, request: Request) -> PipelinedFuture {
+        PipelinedFuture::new(self.0.clone(), request)
+    }
+
+    pub(super) fn site(&self) -> &Arc<Site> {
+        self.0.site()
     }
 
     /// Ends what is queued or in flight, and the connections with it: the node is out.
-    pub(crate) fn drain(&self, error: &Error) {
+    pub(super) fn drain(&self, error: &Error) {
         self.0.drain(error);
     }
 
     /// Ends what is queued, which no one has been sent: the node is to be closed once it has answered
     /// the rest.
-    pub(crate) fn retire(&self, error: &Error) {
+    pub(super) fn retire(&self, error: &Error) {
         self.0.retire(error);
     }
 
-    /// Connections that were given up are waited for until then, even if this is closed before.
-    pub(crate) fn lingers_until(&self, closing: watch::Receiver<bool>) {
-        self.0.lingers_until(closing);
-    }
-
     /// Lets broken connections be tried again at once: the node is known to answer.
-    pub(crate) fn end_backoff(&self) {
+    pub(super) fn end_backoff(&self) {
         self.0.end_backoff();
-    }
-
-    pub(crate) fn settings(&self) -> PipelinedSettings {
-        self.0.settings()
     }
 
     /// Other settings from now on; how many connections there are, and the largest value over one
     /// that is up, stay.
-    pub(crate) fn apply(&self, settings: PipelinedSettings) {
+    pub(super) fn apply(&self, settings: PipelinedSettings) {
         self.0.apply(settings);
     }
 
-    pub(crate) fn connect_within(&self) -> Duration {
-        self.0.connect_within()
-    }
-
-    pub(crate) fn max_value_size(&self) -> usize {
-        self.0.max_value_size()
-    }
-
     /// How many connections it may have.
-    pub(crate) fn connections(&self) -> usize {
+    pub(super) fn connections(&self) -> usize {
         self.0.connections()
     }
 
     /// Requests queued and in flight.
-    pub(crate) fn pending(&self) -> usize {
+    pub(super) fn pending(&self) -> usize {
         self.0.pending()
     }
 
-    /// Connections that are up.
-    pub(crate) fn connections_up(&self) -> usize {
-        self.0.up()
-    }
-
-    /// How many connections have come up so far.
-    pub(crate) fn newest(&self) -> u32 {
-        self.0.newest()
-    }
-
     /// Closes every connection and ends what is on it.
-    pub(crate) fn close(&self) {
+    pub(super) fn close(&self) {
         self.0.close();
     }
 }
-
-pub(crate) use slot::Parts;
 
 impl Service<Request> for Pipelined {
     type Response = Response;
@@ -324,6 +253,6 @@ impl Service<Request> for Pipelined {
     }
 
     fn call(&mut self, request: Request) -> PipelinedFuture {
-        PipelinedFuture::new(self.0.clone(), request)
+        self.request(request)
     }
 }

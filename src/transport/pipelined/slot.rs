@@ -3,19 +3,15 @@
 
 use std::fmt;
 use std::future::Future;
-use std::num::NonZeroU32;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::linger::Lingering;
-use super::{Event, Observer, PipelinedSettings, connection};
+use super::{PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
@@ -23,19 +19,9 @@ use crate::kill_switch::noted;
 use crate::protocol::{Pipeline, Ticket};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
-use crate::transport::{Address, BoxStream, Connector};
+use crate::transport::BoxStream;
+use crate::transport::site::{Site, shut_down};
 use crate::value::CasToken;
-
-/// What a node's connections are made of.
-#[derive(Clone)]
-pub(crate) struct Parts {
-    pub(crate) name: Arc<str>,
-    pub(crate) address: Address,
-    pub(crate) settings: PipelinedSettings,
-    pub(crate) connector: Arc<dyn Connector>,
-    pub(crate) spawner: Spawner,
-    pub(crate) observer: Option<Arc<dyn Observer>>,
-}
 
 /// The handles' side of one node: dropped with the last of them, which ends the tasks.
 pub(super) struct Pool {
@@ -47,26 +33,10 @@ pub(super) struct Pool {
 /// What the connections' tasks share with the handles. It does not own the executor, whose
 /// threads would otherwise keep themselves running.
 pub(super) struct Node {
-    pub(super) name: Arc<str>,
-    pub(super) address: Address,
-    pub(super) settings: ArcSwap<PipelinedSettings>,
-    pub(super) connector: Arc<dyn Connector>,
-    observer: Option<Arc<dyn Observer>>,
-    number: NonZeroU32,
+    pub(super) site: Arc<Site>,
     slots: Box<[Slot]>,
-    /// Connections are numbered as they are established; this is the newest one's number.
-    newest: AtomicU32,
-    up: AtomicUsize,
     /// How many slots are [dead](State::dead).
     dead: AtomicUsize,
-    /// Requests may go to the same server over connections that are none of these.
-    retired: AtomicBool,
-    /// How many connections [linger](Lingering).
-    pub(super) lingering: AtomicUsize,
-    /// True when the last handle is dropped, or the client shut down.
-    pub(super) closing: watch::Sender<bool>,
-    /// True or gone when its cluster is, which may be longer than it.
-    pub(super) cluster_closing: OnceLock<watch::Receiver<bool>>,
 }
 
 /// One connection's place.
@@ -154,57 +124,9 @@ impl State {
     }
 }
 
-pub(super) fn shut_down() -> Error {
-    Error::new(ErrorKind::Shutdown, "the client is shut down")
-}
-
 impl Node {
     pub(super) fn slot(&self, index: usize) -> &Slot {
         &self.slots[index]
-    }
-
-    pub(super) fn newest(&self) -> u32 {
-        self.newest.load(Ordering::Acquire)
-    }
-
-    /// Counts a connection as up, and gives it its number.
-    pub(super) fn connection_up(&self) -> u32 {
-        self.up.fetch_add(1, Ordering::Relaxed);
-        self.newest.fetch_add(1, Ordering::AcqRel) + 1
-    }
-
-    pub(super) fn connection_down(&self) {
-        self.up.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn up(&self) -> usize {
-        self.up.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn report(&self, event: &Event<'_>) {
-        if let Some(observer) = &self.observer {
-            observer.observe(event);
-        }
-    }
-
-    /// These may be executed after what is written later.
-    fn in_doubt(&self, keys: &[Key]) {
-        if !keys.is_empty() {
-            self.report(&Event::InDoubt {
-                keys,
-                lingers: false,
-            });
-        }
-    }
-
-    pub(super) fn answered(&self, requests: u32, now: Instant) {
-        if let Some(observer) = &self.observer {
-            observer.answered(requests, now);
-        }
-    }
-
-    pub(super) fn slow_after(&self) -> Option<Duration> {
-        self.observer.as_ref().map(|observer| observer.slow_after())
     }
 
     pub(super) fn set_dead(&self, state: &mut State, dead: bool) {
@@ -269,27 +191,18 @@ impl Node {
             state.pipeline.fail_queued(error, &mut woken);
         }
         drop(state);
-        if !keys.is_empty() {
-            let lingering = given_up.and_then(|stream| Lingering::new(self, &keys, stream));
-            self.report(&Event::InDoubt {
-                keys: &keys,
-                lingers: lingering.is_some(),
-            });
-            if let Some(lingering) = lingering {
-                lingering.spawn();
-            }
-        }
+        self.site.left_in_doubt(&keys, given_up);
         // Whoever is told of the end of a write finds its doubt noted.
         woken.into_iter().for_each(Waker::wake);
     }
 }
 
 impl Pool {
-    pub(super) fn new(parts: Parts, number: NonZeroU32) -> Self {
-        let limits = parts.settings.limits;
+    pub(super) fn new(site: Arc<Site>, spawner: Spawner) -> Self {
+        let settings = site.settings.load_full();
         let slot = |_| {
             Slot(Mutex::new(State {
-                pipeline: Pipeline::new(limits, number),
+                pipeline: Pipeline::new(settings.limits, site.number),
                 phase: Phase::Unstarted,
                 task: None,
                 parked: false,
@@ -298,53 +211,22 @@ impl Pool {
         };
         Self {
             node: Arc::new(Node {
-                slots: (0..parts.settings.connections).map(slot).collect(),
-                name: parts.name,
-                address: parts.address,
-                settings: ArcSwap::from_pointee(parts.settings),
-                connector: parts.connector,
-                observer: parts.observer,
-                number,
-                newest: AtomicU32::new(0),
-                up: AtomicUsize::new(0),
+                slots: (0..settings.connections).map(slot).collect(),
+                site,
                 dead: AtomicUsize::new(0),
-                retired: AtomicBool::new(false),
-                lingering: AtomicUsize::new(0),
-                closing: watch::Sender::new(false),
-                cluster_closing: OnceLock::new(),
             }),
-            spawner: parts.spawner,
+            spawner,
             next: AtomicUsize::new(0),
         }
     }
 
-    pub(super) fn lingers_until(&self, closing: watch::Receiver<bool>) {
-        let _already = self.node.cluster_closing.set(closing);
-    }
-
-    pub(super) fn newest(&self) -> u32 {
-        self.node.newest()
-    }
-
-    pub(super) fn up(&self) -> usize {
-        self.node.up()
-    }
-
-    pub(super) fn connect_within(&self) -> Duration {
-        self.node.settings.load().connect_within()
-    }
-
-    pub(super) fn max_value_size(&self) -> usize {
-        self.node.settings.load().limits.value
-    }
-
-    pub(super) fn settings(&self) -> PipelinedSettings {
-        PipelinedSettings::clone(&self.node.settings.load())
+    pub(super) fn site(&self) -> &Arc<Site> {
+        &self.node.site
     }
 
     pub(super) fn apply(&self, settings: PipelinedSettings) {
         let limits = settings.limits;
-        self.node.settings.store(Arc::new(settings));
+        self.node.site.settings.store(Arc::new(settings));
         for slot in &self.node.slots {
             slot.lock().pipeline.set_limits(limits);
         }
@@ -379,14 +261,14 @@ impl Pool {
     }
 
     pub(super) fn retire(&self, error: &Error) {
-        self.node.retired.store(true, Ordering::Release);
+        self.node.site.retire();
         for slot in &self.node.slots {
             let mut woken = Vec::new();
             let mut state = slot.lock();
             state.pipeline.fail_queued(error, &mut woken);
             let keys = state.pipeline.abandoned();
             drop(state);
-            self.node.in_doubt(&keys);
+            self.node.site.in_doubt(&keys);
             woken.into_iter().for_each(Waker::wake);
         }
     }
@@ -402,7 +284,7 @@ impl Pool {
     }
 
     pub(super) fn close(&self) {
-        self.node.closing.send_replace(true);
+        self.node.site.closing.send_replace(true);
         for slot in &self.node.slots {
             let mut woken = Vec::new();
             let mut state = slot.lock();
@@ -427,7 +309,7 @@ impl Pool {
             return 0;
         }
         let first = self.next.fetch_add(1, Ordering::Relaxed) % slots.len();
-        if self.node.up() == slots.len() {
+        if self.node.site.up() == slots.len() {
             return first;
         }
         let mut order = (0..slots.len()).map(|offset| (first + offset) % slots.len());
@@ -464,7 +346,7 @@ impl Pool {
 
     /// A slot whose connection a token may still be used over.
     fn slot_for(&self, token: CasToken) -> Option<usize> {
-        if token.node != self.node.number {
+        if token.node != self.node.site.number {
             return None;
         }
         self.node.slots.iter().position(|slot| {
@@ -512,8 +394,8 @@ impl Drop for Pool {
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool")
-            .field("node", &self.node.name)
-            .field("connections_up", &self.up())
+            .field("node", &self.node.site.name)
+            .field("connections_up", &self.node.site.up())
             .finish_non_exhaustive()
     }
 }
@@ -579,9 +461,9 @@ enum Started {
 
 fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Started> {
     let node = &pool.node;
-    let settings = node.settings.load();
+    let settings = node.site.settings.load();
     let operation = request.operation();
-    let name = |error: Error| error.at_node(&node.name);
+    let name = |error: Error| error.at_node(&node.site.name);
 
     if request.purpose() == Purpose::Note {
         return Err(name(noted()));
@@ -676,7 +558,7 @@ impl Waiting {
         };
         drop(state);
         drop((replaced, given_up));
-        Poll::Ready(outcome.map_err(|error| error.at_node(&node.name)))
+        Poll::Ready(outcome.map_err(|error| error.at_node(&node.site.name)))
     }
 }
 
@@ -689,9 +571,9 @@ impl Drop for Waiting {
             drop(state);
             drop(waker);
             // Over one connection a later write comes later; over another one it may not.
-            let several = node.slots.len() > 1 || node.retired.load(Ordering::Acquire);
+            let several = node.slots.len() > 1 || node.site.is_retired();
             if let Some(key) = unanswered.filter(|_| several) {
-                node.in_doubt(&[key]);
+                node.site.in_doubt(&[key]);
             }
         }
     }

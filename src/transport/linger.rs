@@ -19,10 +19,9 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::Event;
-use super::slot::Node;
+use super::site::Site;
+use super::{BoxStream, Event};
 use crate::key::Key;
-use crate::transport::BoxStream;
 
 /// How many of them a node may have.
 const AT_MOST: usize = 16;
@@ -32,7 +31,7 @@ const LONGEST: Duration = Duration::from_secs(600);
 
 /// Writes whose connection has been given up, until it is known to have ended.
 pub(super) struct Lingering {
-    node: Arc<Node>,
+    site: Arc<Site>,
     keys: Vec<Key>,
     certain: bool,
     stream: BoxStream,
@@ -42,20 +41,19 @@ pub(super) struct Lingering {
 impl Lingering {
     /// `None` if there are too many already, nobody is left to be told, or there is no runtime to see
     /// to it.
-    pub(super) fn new(node: &Arc<Node>, keys: &[Key], stream: BoxStream) -> Option<Self> {
+    pub(super) fn new(site: &Arc<Site>, keys: &[Key], stream: BoxStream) -> Option<Self> {
         Handle::try_current().ok()?;
-        let cluster = node.cluster_closing.get();
-        let closing = cluster.map_or_else(|| node.closing.subscribe(), Clone::clone);
+        let closing = site.lingering_ends();
         if *closing.borrow() {
             return None;
         }
-        let counted = node.lingering.fetch_add(1, Ordering::Relaxed);
+        let counted = site.lingering.fetch_add(1, Ordering::Relaxed);
         if counted >= AT_MOST {
-            node.lingering.fetch_sub(1, Ordering::Relaxed);
+            site.lingering.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
         Some(Self {
-            node: node.clone(),
+            site: site.clone(),
             keys: keys.to_vec(),
             certain: false,
             stream,
@@ -90,8 +88,8 @@ impl Lingering {
 
 impl Drop for Lingering {
     fn drop(&mut self) {
-        self.node.lingering.fetch_sub(1, Ordering::Relaxed);
-        self.node.report(&Event::DoubtEnds {
+        self.site.lingering.fetch_sub(1, Ordering::Relaxed);
+        self.site.report(&Event::DoubtEnds {
             keys: &self.keys,
             certain: self.certain,
         });

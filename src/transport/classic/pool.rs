@@ -1,0 +1,290 @@
+//! The connections of one node: bb8's pool of them, and what is known of the server by how they end.
+
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::future::{Either, select};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::wire::Wire;
+use crate::error::{Error, Result, Sent};
+use crate::transport::protocol::Dialect;
+use crate::transport::site::{Site, Up, backoff};
+use crate::transport::{ConnectFailure, Event};
+
+/// Whoever waits for a connection has a shorter time of its own.
+const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
+
+/// A connection that nobody has used for so long is closed.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// What all requests to a node share.
+pub(super) struct Shared {
+    pub(super) site: Arc<Site>,
+    /// How many connections there may be.
+    pub(super) size: u32,
+    /// Requests that wait for a connection, or are in flight, and the values they carry, in bytes.
+    pub(super) pending: AtomicUsize,
+    pub(super) bytes: AtomicUsize,
+    /// Ends what is in flight.
+    pub(super) drained: watch::Sender<Option<Error>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    closed: bool,
+    generation: Option<Arc<Generation>>,
+    /// Connecting failed, and is not tried again before then.
+    broken: Option<(Instant, Error)>,
+    /// Connects that failed in a row.
+    failures: u32,
+    /// When a request was sent that was not answered in time, the first one since anything was.
+    suspicion: Option<Instant>,
+}
+
+/// Connections that are trusted to lead to the same server: once one of them has ended, or says nothing,
+/// those that wait in the pool are not used any more.
+pub(super) struct Generation {
+    pub(super) pool: bb8::Pool<Manager>,
+    /// Nobody gets one of them any more.
+    pub(super) ended: watch::Sender<Option<Ended>>,
+}
+
+/// What those get who wait for a connection of a generation that has ended; where it is nothing, they
+/// try the next generation.
+pub(super) type Ended = Option<Error>;
+
+/// A connection, while it is in the pool or a request has it.
+pub(super) struct Connection {
+    /// Gone once it has been given up.
+    pub(super) wire: Option<Wire>,
+    pub(super) up: Up,
+    pub(super) proxy: bool,
+    established: Instant,
+}
+
+pub(super) struct Manager(Arc<Shared>);
+
+impl bb8::ManageConnection for Manager {
+    type Connection = Connection;
+    type Error = Error;
+
+    async fn connect(&self) -> Result<Connection> {
+        self.0.connect().await
+    }
+
+    /// Not asked: the wire looks before it writes.
+    async fn is_valid(&self, _: &mut Connection) -> Result<()> {
+        Ok(())
+    }
+
+    fn has_broken(&self, connection: &mut Connection) -> bool {
+        connection.wire.as_ref().is_none_or(Wire::is_dirty)
+    }
+}
+
+impl Shared {
+    pub(super) fn new(site: Arc<Site>, size: u32) -> Self {
+        Self {
+            site,
+            size,
+            pending: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            drained: watch::Sender::new(None),
+            state: Mutex::new(State {
+                closed: false,
+                generation: None,
+                broken: None,
+                failures: 0,
+                suspicion: None,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why a request cannot be sent now, if it is known.
+    pub(super) fn refuses(&self) -> Option<Error> {
+        let state = self.lock();
+        if state.closed {
+            return Some(self.site.shut_down());
+        }
+        let (_, error) = self.broken(&state)?;
+        // Others may have a connection to spare.
+        (self.site.up() == 0).then(|| error.clone().with_sent(Sent::No))
+    }
+
+    fn broken<'a>(&self, state: &'a State) -> Option<&'a (Instant, Error)> {
+        let broken = state.broken.as_ref();
+        broken.filter(|(until, _)| Instant::now() < *until)
+    }
+
+    /// The pool to take a connection from. To be called on the I/O executor, where the pool's own
+    /// tasks are to run.
+    pub(super) fn generation(self: &Arc<Self>) -> Result<Arc<Generation>> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(self.site.shut_down());
+        }
+        let make = || {
+            let pool = bb8::Pool::builder()
+                .max_size(self.size)
+                .test_on_check_out(false)
+                .retry_connection(false)
+                .connection_timeout(LONGEST_WAIT)
+                .max_lifetime(None)
+                .idle_timeout(IDLE)
+                // Errors are not lost on the way: `connect` tells them itself.
+                .build_unchecked(Manager(self.clone()));
+            Arc::new(Generation {
+                pool,
+                ended: watch::Sender::new(None),
+            })
+        };
+        Ok(state.generation.get_or_insert_with(make).clone())
+    }
+
+    async fn connect(self: &Arc<Self>) -> Result<Connection> {
+        if let Some((_, error)) = self.broken(&self.lock()) {
+            return Err(error.clone());
+        }
+        let began = Instant::now();
+        let mut closing = self.site.closing.subscribe();
+        let closed = std::pin::pin!(closing.wait_for(|&closing| closing));
+        let connected = match select(std::pin::pin!(self.site.connect(false)), closed).await {
+            Either::Left((connected, _)) => connected,
+            Either::Right(_) => return Err(self.site.shut_down()),
+        };
+        match connected {
+            Ok(connected) => Ok(Connection {
+                wire: Some(Wire::new(
+                    connected.stream,
+                    self.site.settings.load().limits.value,
+                )),
+                up: self.site.connection_up(),
+                proxy: connected.dialect == Dialect::Classic { proxy: true },
+                established: Instant::now(),
+            }),
+            Err((failure, error)) => {
+                let error = error.at_node(&self.site.name);
+                self.connect_failed(failure, &error, began);
+                Err(error)
+            }
+        }
+    }
+
+    fn connect_failed(&self, failure: ConnectFailure, error: &Error, began: Instant) {
+        if failure == ConnectFailure::OtherProtocol {
+            // Whoever waits is told to ask in that.
+            self.refuse(error);
+            return;
+        }
+        let suspicion = self.lock().suspicion;
+        // The judgement first, so that what is moved now does not come back here.
+        self.site.report(&Event::ConnectFailed {
+            failure,
+            error,
+            others_up: self.site.up(),
+            untried: false,
+            // Nor has anything been answered since.
+            most_dead: failure.is_the_nodes() && suspicion.is_some_and(|since| began >= since),
+        });
+        let mut state = self.lock();
+        state.broken = Some((Instant::now() + backoff(state.failures), error.clone()));
+        state.failures = state.failures.saturating_add(1);
+        drop(state);
+        // Where another connection is in use it is going to be handed back.
+        if self.site.up() == 0 {
+            self.refuse(error);
+        }
+    }
+
+    /// Ends what waits for a connection.
+    pub(super) fn refuse(&self, error: &Error) {
+        let generation = self.lock().generation.take();
+        end(generation, Some(error));
+    }
+
+    /// Ends what waits for a connection or is in flight.
+    pub(super) fn drain(&self, error: &Error) {
+        let mut state = self.lock();
+        // Whatever is asked next is asked of a server that is known to answer.
+        state.suspicion = None;
+        state.failures = 0;
+        drop(state);
+        self.refuse(error);
+        self.drained.send_replace(Some(error.clone()));
+    }
+
+    /// A connection of that generation has ended: those that wait in its pool are not used any more, and
+    /// who waits for one gets one of the next generation.
+    pub(super) fn distrust(&self, generation: &Arc<Generation>) {
+        let mut state = self.lock();
+        let current = state.generation.take_if(|current| Arc::ptr_eq(current, generation));
+        drop(state);
+        end(current, None);
+    }
+
+    pub(super) fn end_backoff(&self) {
+        let mut state = self.lock();
+        state.broken = None;
+        state.failures = 0;
+        state.suspicion = None;
+    }
+
+    pub(super) fn close(&self) {
+        self.site.closing.send_replace(true);
+        let mut state = self.lock();
+        state.closed = true;
+        drop(state);
+        self.drain(&self.site.shut_down());
+    }
+
+    /// A request was answered in time.
+    pub(super) fn answered(&self, sent_at: Instant) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        state.suspicion = None;
+        state.failures = 0;
+        drop(state);
+        self.site.answered(1, now);
+        let slow_after = self.site.slow_after();
+        if slow_after.is_some_and(|slow_after| now.duration_since(sent_at) > slow_after) {
+            self.site.report(&Event::Slow {
+                requests: 1,
+                sent_at,
+            });
+        }
+    }
+
+    /// A request that was sent then has not been answered in time.
+    pub(super) fn suspect(&self, sent_at: Instant) {
+        self.lock().suspicion.get_or_insert(sent_at);
+    }
+
+    /// A connection has not answered for as long as it may.
+    pub(super) fn unresponsive(
+        &self,
+        generation: &Arc<Generation>,
+        connection: &Connection,
+        error: &Error,
+    ) {
+        let suspicion = self.lock().suspicion;
+        self.distrust(generation);
+        self.site.report(&Event::Unresponsive {
+            error,
+            // One that was made in place of another that did not answer.
+            most_dead: suspicion.is_some_and(|since| connection.established > since),
+        });
+    }
+}
+
+fn end(generation: Option<Arc<Generation>>, error: Option<&Error>) {
+    if let Some(generation) = generation {
+        generation.ended.send_replace(Some(error.cloned()));
+    }
+}

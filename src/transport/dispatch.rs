@@ -1,0 +1,254 @@
+//! One node's transport, whatever it speaks.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tower::Service;
+
+#[cfg(feature = "classic")]
+use super::classic::{Classic, ClassicFuture};
+#[cfg(feature = "classic")]
+use super::protocol::{Dialect, Protocol};
+use super::site::{Parts, Site};
+use super::{Pipelined, PipelinedFuture, PipelinedSettings};
+use crate::error::{Error, Result};
+#[cfg(feature = "classic")]
+use crate::error::{ErrorKind, Sent};
+use crate::request::Request;
+use crate::response::Response;
+
+/// One node of a client, in whichever [`Protocol`](crate::Protocol) it is asked: the bottom of the
+/// stack.
+///
+/// A cheap handle: clones share the connections, which are closed when the last clone, and the last
+/// future made by one, is dropped. Connections are made when first needed.
+///
+/// # Readiness
+/// `poll_ready` is always ready; a full queue is an immediate
+/// [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded) from `call`.
+///
+/// # Cancel safety
+/// Dropping a [`TransportFuture`] whose request has not been written means that it never will be.
+/// Once it has been, its reply is waited for and discarded; the connection stays in step.
+#[derive(Clone)]
+pub struct Transport(Arc<Inner>);
+
+struct Inner {
+    pipelined: Pipelined,
+    #[cfg(feature = "classic")]
+    classic: Classic,
+}
+
+impl Transport {
+    pub(crate) fn from_parts(parts: Parts) -> Self {
+        #[cfg(feature = "classic")]
+        let pool_size = parts.pool_size;
+        let (site, spawner) = Site::new(parts);
+        Self(Arc::new(Inner {
+            #[cfg(feature = "classic")]
+            classic: Classic::at(site.clone(), spawner.clone(), pool_size),
+            pipelined: Pipelined::at(site, spawner),
+        }))
+    }
+
+    fn site(&self) -> &Arc<Site> {
+        self.0.pipelined.site()
+    }
+
+    /// Ends what is queued or in flight, and the connections with it: the node is out.
+    pub(crate) fn drain(&self, error: &Error) {
+        self.0.pipelined.drain(error);
+        #[cfg(feature = "classic")]
+        self.0.classic.drain(error);
+    }
+
+    /// Ends what is queued, which no one has been sent: the node is to be closed once it has answered
+    /// the rest.
+    pub(crate) fn retire(&self, error: &Error) {
+        self.0.pipelined.retire(error);
+        #[cfg(feature = "classic")]
+        self.0.classic.retire(error);
+    }
+
+    /// Connections that were given up are waited for until then, even if this is closed before.
+    pub(crate) fn lingers_until(&self, closing: watch::Receiver<bool>) {
+        self.site().lingers_until(closing);
+    }
+
+    /// Lets broken connections be tried again at once: the node is known to answer.
+    pub(crate) fn end_backoff(&self) {
+        self.0.pipelined.end_backoff();
+        #[cfg(feature = "classic")]
+        self.0.classic.end_backoff();
+    }
+
+    pub(crate) fn settings(&self) -> PipelinedSettings {
+        PipelinedSettings::clone(&self.site().settings.load())
+    }
+
+    /// Other settings from now on; how many connections there are, and the largest value over one
+    /// that is up, stay.
+    pub(crate) fn apply(&self, settings: PipelinedSettings) {
+        self.0.pipelined.apply(settings);
+    }
+
+    pub(crate) fn connect_within(&self) -> Duration {
+        self.site().settings.load().connect_within()
+    }
+
+    pub(crate) fn max_value_size(&self) -> usize {
+        self.site().settings.load().limits.value
+    }
+
+    /// How many connections it may have.
+    pub(crate) fn connections(&self) -> usize {
+        #[cfg(feature = "classic")]
+        if self.is_classic() {
+            return self.0.classic.connections();
+        }
+        self.0.pipelined.connections()
+    }
+
+    /// Requests queued and in flight.
+    pub(crate) fn pending(&self) -> usize {
+        #[cfg(feature = "classic")]
+        return self.0.pipelined.pending() + self.0.classic.pending();
+        #[cfg(not(feature = "classic"))]
+        self.0.pipelined.pending()
+    }
+
+    /// Connections that are up.
+    pub(crate) fn connections_up(&self) -> usize {
+        self.site().up()
+    }
+
+    /// How many connections have come up so far.
+    pub(crate) fn newest(&self) -> u32 {
+        self.site().newest()
+    }
+
+    /// Closes every connection and ends what is on it.
+    pub(crate) fn close(&self) {
+        self.0.pipelined.close();
+        #[cfg(feature = "classic")]
+        self.0.classic.close();
+    }
+
+    /// Whether it is asked in the classic protocol, as far as is known.
+    #[cfg(feature = "classic")]
+    fn is_classic(&self) -> bool {
+        let site = self.site();
+        match site.protocol {
+            Protocol::Meta => false,
+            Protocol::Classic => true,
+            Protocol::Auto => matches!(site.spoken.get(), Some(Dialect::Classic { .. })),
+        }
+    }
+
+    /// Whether the server may turn out to speak another protocol than is thought: then the request
+    /// has to be kept. Of one that has spoken the meta protocol it is not, for that would cost each
+    /// request a copy; what is caught in the change ends unsent.
+    #[cfg(feature = "classic")]
+    fn may_differ(&self) -> bool {
+        let site = self.site();
+        site.protocol == Protocol::Auto && site.spoken.get() != Some(Dialect::Meta)
+    }
+
+    #[cfg(feature = "classic")]
+    fn send(&self, request: Request) -> Asking {
+        match self.is_classic() {
+            true => Asking::Classic(self.0.classic.request(request)),
+            false => Asking::Pipelined(self.0.pipelined.request(request)),
+        }
+    }
+}
+
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transport")
+            .field("node", &self.site().name)
+            .field("connections_up", &self.connections_up())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Service<Request> for Transport {
+    type Response = Response;
+    type Error = Error;
+    type Future = TransportFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request) -> TransportFuture {
+        #[cfg(feature = "classic")]
+        return TransportFuture {
+            again: self
+                .may_differ()
+                .then(|| Box::new((self.clone(), request.clone()))),
+            asking: self.send(request),
+        };
+        #[cfg(not(feature = "classic"))]
+        TransportFuture {
+            asking: Asking::Pipelined(self.0.pipelined.request(request)),
+        }
+    }
+}
+
+/// The future of one request to a node by its [`Transport`].
+#[derive(Debug)]
+#[must_use = "futures do nothing unless polled"]
+pub struct TransportFuture {
+    asking: Asking,
+    /// To ask once more, in the other protocol.
+    #[cfg(feature = "classic")]
+    again: Option<Box<(Transport, Request)>>,
+}
+
+#[derive(Debug)]
+enum Asking {
+    Pipelined(PipelinedFuture),
+    #[cfg(feature = "classic")]
+    Classic(ClassicFuture),
+}
+
+impl Asking {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        match self {
+            Self::Pipelined(future) => Pin::new(future).poll(cx),
+            #[cfg(feature = "classic")]
+            Self::Classic(future) => Pin::new(future).poll(cx),
+        }
+    }
+}
+
+impl Future for TransportFuture {
+    type Output = Result<Response>;
+
+    #[cfg(feature = "classic")]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let outcome = std::task::ready!(self.asking.poll(cx));
+        let unsent = matches!(&outcome, Err(error)
+            if error.kind() == ErrorKind::ConnectionFailed && error.sent() == Sent::No);
+        if let Some(again) = self.again.take().filter(|_| unsent) {
+            let (transport, request) = *again;
+            let was_classic = matches!(self.asking, Asking::Classic(_));
+            if transport.is_classic() != was_classic {
+                self.asking = transport.send(request);
+                return self.asking.poll(cx);
+            }
+        }
+        Poll::Ready(outcome)
+    }
+
+    #[cfg(not(feature = "classic"))]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        self.asking.poll(cx)
+    }
+}
