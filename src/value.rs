@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::ops::Deref;
 
 use bytes::Bytes;
+use memchr::memmem;
 
 /// A value as the cache had it: bytes, the client flags stored with them, and a CAS token when it
 /// was asked for ([`Client::gets`](crate::Client::gets)). Dereferences to `[u8]`.
@@ -233,6 +234,12 @@ pub(crate) const ABSENT: &[u8] = b"tower-memcached: absent";
 
 /// Its client flags, "NONE" in ASCII. It takes both to be taken for one.
 pub(crate) const ABSENT_FLAGS: u32 = 0x4e4f_4e45;
+
+/// Whether it says that the database has nothing.
+pub(crate) fn is_absent(flags: u32, data: &[u8]) -> bool {
+    // Also if somebody has appended or prepended to it: nobody has written that as a value.
+    flags == ABSENT_FLAGS && memmem::find(data, ABSENT).is_some()
+}
 
 /// Identifies a version of a value *at one node, as of one moment*.
 ///

@@ -297,8 +297,7 @@ impl<S: Clone> Pool<S> {
     /// The node that stays.
     fn known(current: &Topology<S>, spec: &NodeSpec) -> Option<Node<S>> {
         let mut members = current.members().iter();
-        let known = members
-            .find(|known| known.spec.is_same_place(spec));
+        let known = members.find(|known| known.spec.is_same_place(spec));
         known.map(|known| known.node.clone())
     }
 }

@@ -115,7 +115,8 @@ pub(crate) fn encode(operation: &Operation, opaque: u32, out: &mut BytesMut) -> 
     None
 }
 
-fn body(payload: &Payload, out: &mut BytesMut) -> Option<Bytes> {
+/// Writes a value behind its command, or hands it out if it is large, to be sent from where it is.
+pub(crate) fn body(payload: &Payload, out: &mut BytesMut) -> Option<Bytes> {
     let data = payload.data();
     if data.len() > INLINE_VALUE {
         return Some(data.clone());

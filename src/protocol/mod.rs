@@ -15,13 +15,18 @@ mod reply;
 mod version;
 
 pub(crate) use pipeline::{Batch, Pipeline, Ticket};
-pub(crate) use reply::{Failure, Parser, Reply};
+#[cfg(feature = "classic")]
+pub(crate) use pipeline::{MAX_STATS, too_large};
+pub(crate) use reply::{Failure, Parser, Reply, TOO_MANY_CONNECTIONS};
+#[cfg(feature = "classic")]
+pub(crate) use reply::{find_line, number, unparsable};
 pub use version::MINIMUM_VERSION;
 pub(crate) use version::ServerVersion;
 
 use thiserror::Error as ThisError;
 
-use crate::error::{Charge, Error, ErrorKind, Sent};
+use crate::error::{Charge, Error, ErrorKind, Result, Sent};
+use crate::request::Operation;
 
 /// The longest reply line we read. memcached's own are under 1 KiB, and it tolerates 2,048 bytes
 /// in requests.
@@ -40,6 +45,16 @@ pub(crate) struct Limits {
     pub(crate) requests: usize,
     /// Bytes of requests queued.
     pub(crate) queued_bytes: usize,
+}
+
+/// Refuses a value that is longer than `limit` bytes before anything of it is sent.
+pub(crate) fn check_value(operation: &Operation, limit: usize) -> Result<()> {
+    let length = operation.payload_len();
+    if length <= limit {
+        return Ok(());
+    }
+    let message = format!("a value of {length} bytes is over the limit of {limit}");
+    Err(Error::new(ErrorKind::ValueTooLarge, message))
 }
 
 /// Bytes that a memcached in step with us would not have sent. The connection is closed: after
@@ -96,6 +111,8 @@ impl From<Violation> for Error {
     }
 }
 
+#[cfg(feature = "classic")]
+pub(crate) use encode::body;
 pub(crate) use encode::encode;
 
 #[cfg(test)]

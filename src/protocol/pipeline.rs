@@ -17,7 +17,6 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
-use memchr::memmem;
 use slab::Slab;
 use tokio::time::Instant;
 
@@ -28,10 +27,10 @@ use crate::executor::after;
 use crate::key::Key;
 use crate::request::Operation;
 use crate::response::{CasOutcome, Found, LeaseState, Lookup, Response};
-use crate::value::{ABSENT, ABSENT_FLAGS, CasToken, Value};
+use crate::value::{CasToken, Value, is_absent};
 
 /// More counters than any memcached reports.
-const MAX_STATS: usize = 4096;
+pub(crate) const MAX_STATS: usize = 4096;
 
 /// What one batch holds, if it is more than one request, in bytes: about what a socket takes at
 /// once.
@@ -64,6 +63,17 @@ struct Body {
 }
 
 impl Batch {
+    /// One request, with its value if that is large, for a connection that carries one at a time.
+    #[cfg(feature = "classic")]
+    pub(crate) fn put(&mut self, request: impl FnOnce(&mut BytesMut) -> Option<Bytes>) {
+        let before: usize = self.bodies.iter().map(|body| body.after).sum();
+        if let Some(value) = request(&mut self.heads) {
+            let after = self.heads.len() - before;
+            let end = b"\r\n";
+            self.bodies.push_back(Body { after, value, end });
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.heads.is_empty() && self.bodies.is_empty()
     }
@@ -919,10 +929,7 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
     let placeholder = header.lease.is_some() && data.is_empty();
     let found = if placeholder || header.outdated {
         Found::Nothing
-    } else if header.client_flags == ABSENT_FLAGS
-        // Also if somebody has appended or prepended to it: nobody has written that as a value.
-        && memmem::find(&data, ABSENT).is_some()
-    {
+    } else if is_absent(header.client_flags, &data) {
         Found::Absent { left }
     } else {
         let value = Value::new(data, header.client_flags);
@@ -932,7 +939,8 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
     Lookup::new(found, token, lease)
 }
 
-fn too_large(length: u64) -> Error {
+/// A value that was skipped.
+pub(crate) fn too_large(length: u64) -> Error {
     let message = format!("the stored value has {length} bytes, over this client's limit");
     Error::new(ErrorKind::ValueTooLarge, message).with_sent(Sent::Yes)
 }
@@ -950,21 +958,15 @@ fn wrong_kind(entry: &Entry, code: Code) -> Violation {
 
 /// An error line, to a request that is not a multi-key read.
 fn failed(entry: &Entry, failure: Failure, text: String) -> Result<Answer, Violation> {
-    let kind = match failure {
-        // We only send commands that every supported version knows.
-        Failure::UnknownCommand => {
-            return Err(Violation::WrongKind {
-                request: entry.expect.name(),
-                found: "ERROR",
-            });
-        }
-        Failure::Client if text.contains("non-numeric") => ErrorKind::NotANumber,
-        Failure::Client => ErrorKind::Rejected,
-        Failure::Server if text.contains("too large") => ErrorKind::ValueTooLarge,
-        Failure::Server => ErrorKind::Server,
-    };
+    // We only send commands that every supported version knows.
+    if failure == Failure::UnknownCommand {
+        return Err(Violation::WrongKind {
+            request: entry.expect.name(),
+            found: "ERROR",
+        });
+    }
     let writes = matches!(entry.expect, Expect::Stored | Expect::Swapped { .. });
-    let outcome = Err(Error::new(kind, text.clone()).with_sent(Sent::Yes));
+    let outcome = Err(failure.error(text.clone()));
     Ok(if failure == Failure::Client && writes {
         Answer::Fatal(outcome, Violation::FramingLost(text))
     } else {

@@ -4,6 +4,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use memchr::memchr;
 
 use super::{ABSURD_LENGTH, MAX_LINE, Violation};
+use crate::error::{Error, ErrorKind, Sent};
 use crate::response::LeaseState;
 
 /// One reply, or one line of a longer one.
@@ -55,6 +56,29 @@ pub(crate) enum Failure {
     Server,
 }
 
+/// What a memcached says in an `ERROR` line to a connection that is one too many, before it closes it.
+pub(crate) const TOO_MANY_CONNECTIONS: &str = "Too many open connections";
+
+impl Failure {
+    /// What it is to whoever asked.
+    pub(crate) fn error(self, text: String) -> Error {
+        let kind = match self {
+            // Said to a connection, not to a request.
+            Self::UnknownCommand if text.contains(TOO_MANY_CONNECTIONS) => ErrorKind::Server,
+            Self::UnknownCommand => ErrorKind::Unsupported,
+            Self::Client if text.contains("non-numeric") => ErrorKind::NotANumber,
+            Self::Client => ErrorKind::Rejected,
+            Self::Server if text.contains("too large") => ErrorKind::ValueTooLarge,
+            Self::Server => ErrorKind::Server,
+        };
+        let message = match kind {
+            ErrorKind::Unsupported => "it does not know the command".to_owned(),
+            _ => text,
+        };
+        Error::new(kind, message).with_sent(Sent::Yes)
+    }
+}
+
 /// The flags of a meta reply that we asked for or must understand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
@@ -71,6 +95,25 @@ pub(crate) struct Header {
 }
 
 impl Reply {
+    /// Reads a line of those that both protocols have, and the end of a meta batch.
+    pub(crate) fn classic(line: &[u8]) -> Option<Self> {
+        let (word, rest) = split_word(line);
+        Some(match word {
+            b"MN" if rest.is_empty() => Self::BatchEnd,
+            b"OK" if rest.is_empty() => Self::Ok,
+            b"END" if rest.is_empty() => Self::StatsEnd,
+            b"VERSION" => Self::Version(text(rest)),
+            b"STAT" => {
+                let (name, value) = split_word(rest);
+                Self::Stat(text(name), text(value))
+            }
+            b"ERROR" => Self::Failure(Failure::UnknownCommand, text(rest)),
+            b"CLIENT_ERROR" => Self::Failure(Failure::Client, text(rest)),
+            b"SERVER_ERROR" => Self::Failure(Failure::Server, text(rest)),
+            _ => return None,
+        })
+    }
+
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Value { .. } | Self::TooLarge { .. } => "VA",
@@ -197,23 +240,28 @@ impl Parser {
 
     /// The length of the next line, without its end.
     fn line(&mut self, buffer: &BytesMut) -> Result<Option<usize>, Violation> {
-        match memchr(b'\n', &buffer[self.searched..]) {
-            Some(found) => {
-                let end = self.searched + found;
-                self.searched = 0;
-                if end > MAX_LINE {
-                    return Err(Violation::LineTooLong);
-                }
-                match end.checked_sub(1) {
-                    Some(line) if buffer[line] == b'\r' => Ok(Some(line)),
-                    _ => Err(unparsable(&buffer[..end])),
-                }
+        find_line(buffer, &mut self.searched)
+    }
+}
+
+/// The length of the first line, without its end. `searched` bytes are known to hold no end of one.
+pub(crate) fn find_line(buffer: &[u8], searched: &mut usize) -> Result<Option<usize>, Violation> {
+    match memchr(b'\n', &buffer[*searched..]) {
+        Some(found) => {
+            let end = *searched + found;
+            *searched = 0;
+            if end > MAX_LINE {
+                return Err(Violation::LineTooLong);
             }
-            None if buffer.len() > MAX_LINE => Err(Violation::LineTooLong),
-            None => {
-                self.searched = buffer.len();
-                Ok(None)
+            match end.checked_sub(1) {
+                Some(line) if buffer[line] == b'\r' => Ok(Some(line)),
+                _ => Err(unparsable(&buffer[..end])),
             }
+        }
+        None if buffer.len() > MAX_LINE => Err(Violation::LineTooLong),
+        None => {
+            *searched = buffer.len();
+            Ok(None)
         }
     }
 }
@@ -235,9 +283,17 @@ fn take_value(buffer: &mut BytesMut, length: usize) -> Bytes {
     }
 }
 
-fn unparsable(line: &[u8]) -> Violation {
+pub(crate) fn unparsable(line: &[u8]) -> Violation {
     let shown = &line[..line.len().min(64)];
     Violation::Unparsable(shown.escape_ascii().to_string())
+}
+
+/// What is before the first space, and what behind it.
+fn split_word(line: &[u8]) -> (&[u8], &[u8]) {
+    match memchr(b' ', line) {
+        Some(space) => (&line[..space], &line[space + 1..]),
+        None => (line, &line[line.len()..]),
+    }
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -251,16 +307,10 @@ enum Line {
 
 impl Line {
     fn parse(line: &[u8]) -> Result<Self, Violation> {
-        let (word, rest) = match memchr(b' ', line) {
-            Some(space) => (&line[..space], &line[space + 1..]),
-            None => (line, &line[line.len()..]),
-        };
+        let (word, rest) = split_word(line);
         let code = match word {
             b"VA" => {
-                let (length, flags) = match memchr(b' ', rest) {
-                    Some(space) => (&rest[..space], &rest[space + 1..]),
-                    None => (rest, &rest[rest.len()..]),
-                };
+                let (length, flags) = split_word(rest);
                 return Ok(Self::Value {
                     length: number(length).ok_or_else(|| unparsable(line))?,
                     header: header(flags).ok_or_else(|| unparsable(line))?,
@@ -271,28 +321,13 @@ impl Line {
             b"NF" => Code::NotFound,
             b"NS" => Code::NotStored,
             b"EX" => Code::Exists,
-            _ => return Self::other(word, rest).ok_or_else(|| unparsable(line)),
+            _ => {
+                let reply = Reply::classic(line).ok_or_else(|| unparsable(line))?;
+                return Ok(Self::Whole(reply));
+            }
         };
         let header = header(rest).ok_or_else(|| unparsable(line))?;
         Ok(Self::Whole(Reply::Code { code, header }))
-    }
-
-    fn other(word: &[u8], rest: &[u8]) -> Option<Self> {
-        Some(Self::Whole(match word {
-            b"MN" if rest.is_empty() => Reply::BatchEnd,
-            b"OK" if rest.is_empty() => Reply::Ok,
-            b"END" if rest.is_empty() => Reply::StatsEnd,
-            b"VERSION" => Reply::Version(text(rest)),
-            b"STAT" => {
-                let space = memchr(b' ', rest).unwrap_or(rest.len());
-                let value = rest.get(space + 1..).unwrap_or_default();
-                Reply::Stat(text(&rest[..space]), text(value))
-            }
-            b"ERROR" => Reply::Failure(Failure::UnknownCommand, text(rest)),
-            b"CLIENT_ERROR" => Reply::Failure(Failure::Client, text(rest)),
-            b"SERVER_ERROR" => Reply::Failure(Failure::Server, text(rest)),
-            _ => return None,
-        }))
     }
 }
 
@@ -324,7 +359,7 @@ fn header(flags: &[u8]) -> Option<Header> {
 }
 
 /// A decimal number with nothing around it.
-pub(super) fn number(digits: &[u8]) -> Option<u64> {
+pub(crate) fn number(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() || digits.len() > 20 {
         return None;
     }

@@ -11,7 +11,9 @@ use super::protocol::Dialect;
 use super::{Address, BoxStream, ConnectFailure, Connector, Protocol};
 use crate::error::{Charge, Error, ErrorKind};
 use crate::executor::LATE;
-use crate::protocol::{self, MINIMUM_VERSION, Parser, Reply, ServerVersion, Violation};
+use crate::protocol::{
+    self, MINIMUM_VERSION, Parser, Reply, ServerVersion, TOO_MANY_CONNECTIONS, Violation,
+};
 
 pub(super) struct Connected {
     pub(super) stream: BoxStream,
@@ -70,7 +72,7 @@ impl Greeting<'_> {
             let mut stream = self.dial().await?;
             let version = match ask(&mut stream, b"version\r\n").await {
                 Said::Reply(Reply::Version(text)) => text,
-                Said::Reply(Reply::Failure(_, text)) if is_full(&text) => {
+                Said::Reply(Reply::Failure(_, text)) if text.contains(TOO_MANY_CONNECTIONS) => {
                     let full = ConnectFailure::Full;
                     return Err((full, blame(full, failed(text))));
                 }
@@ -131,10 +133,6 @@ fn proxy(stream: BoxStream, version: Option<ServerVersion>) -> Connected {
         version,
         dialect: Dialect::Classic { proxy: true },
     }
-}
-
-fn is_full(text: &str) -> bool {
-    text.contains("Too many open connections")
 }
 
 fn failed(message: impl Into<std::borrow::Cow<'static, str>>) -> Error {

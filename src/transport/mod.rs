@@ -24,5 +24,4 @@ pub use dispatch::{Transport, TransportFuture};
 pub(crate) use observer::{ConnectFailure, Event, Observer};
 pub use pipelined::{Pipelined, PipelinedFuture, PipelinedSettings};
 pub use protocol::Protocol;
-pub(crate) use protocol::Spoken;
 pub(crate) use site::Parts;

@@ -68,4 +68,3 @@ pub(crate) trait Observer: Send + Sync {
 
     fn observe(&self, event: &Event<'_>);
 }
-

@@ -16,6 +16,7 @@ use super::{Address, BoxStream, ConnectFailure, Connector, Event, Observer, Pipe
 use crate::error::{Error, ErrorKind};
 use crate::executor::Spawner;
 use crate::key::Key;
+#[cfg(feature = "classic")]
 use crate::value::CasToken;
 
 /// What the connections to a node are made of.
@@ -179,6 +180,7 @@ impl Site {
     }
 
     /// What a token lacks only the unique number of, if a value is read now.
+    #[cfg(feature = "classic")]
     pub(super) fn token(&self) -> CasToken {
         CasToken {
             node: self.number,

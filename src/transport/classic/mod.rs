@@ -9,6 +9,9 @@
 //! A request is a task on the I/O executor ([`task`]): it takes a connection, asks, and hands the
 //! connection back. Whoever waits for it may leave; it sees the exchange to its end all the same.
 
+mod check;
+mod encode;
+mod guard;
 mod pool;
 mod task;
 mod wire;
@@ -17,7 +20,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
@@ -246,7 +249,6 @@ fn start(handle: Arc<Handle>, request: &Request) -> Result<Started> {
 
 impl Waiting {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let site = &self.handle.shared.site;
         let outcome = match Pin::new(&mut self.outcome).poll(cx) {
             Poll::Ready(Ok(outcome)) => outcome,
             Poll::Ready(Err(_gone)) => {
@@ -261,6 +263,7 @@ impl Waiting {
             }
         };
         self.written = None;
+        let site = &self.handle.shared.site;
         Poll::Ready(outcome.map_err(|error| error.at_node(&site.name)))
     }
 

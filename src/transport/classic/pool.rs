@@ -224,7 +224,9 @@ impl Shared {
     /// who waits for one gets one of the next generation.
     pub(super) fn distrust(&self, generation: &Arc<Generation>) {
         let mut state = self.lock();
-        let current = state.generation.take_if(|current| Arc::ptr_eq(current, generation));
+        let current = state
+            .generation
+            .take_if(|current| Arc::ptr_eq(current, generation));
         drop(state);
         end(current, None);
     }

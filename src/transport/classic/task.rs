@@ -1,14 +1,14 @@
 //! One request, from the wait for a connection to its answer.
 
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
 
 use bb8::PooledConnection;
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::Place;
 use super::pool::{Generation, Manager, Shared};
@@ -311,7 +311,9 @@ impl Job {
         let waited = sent_at.saturating_duration_since(self.queued_at) > LATE;
         let attempt_ends = if waited { self.attempt_ends } else { judge_at };
         Times {
-            release_at: self.own_ends.map_or(attempt_ends, |own| own.min(attempt_ends)),
+            release_at: self
+                .own_ends
+                .map_or(attempt_ends, |own| own.min(attempt_ends)),
             judge_at,
             judged: false,
             ends_at: after(sent_at, settings.stall_after()).max(judge_at),

@@ -14,9 +14,8 @@ use tokio::time::Instant;
 use super::{PipelinedSettings, connection};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
-use crate::key::Key;
 use crate::kill_switch::noted;
-use crate::protocol::{Pipeline, Ticket};
+use crate::protocol::{Pipeline, Ticket, check_value};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 use crate::transport::BoxStream;
@@ -468,12 +467,7 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
     if request.purpose() == Purpose::Note {
         return Err(name(noted()));
     }
-    let length = operation.payload_len();
-    if length > settings.limits.value {
-        let limit = settings.limits.value;
-        let message = format!("a value of {length} bytes is over the limit of {limit}");
-        return Err(name(Error::new(ErrorKind::ValueTooLarge, message)));
-    }
+    check_value(operation, settings.limits.value).map_err(name)?;
     let slot = match operation {
         Operation::CompareAndSwap { token, .. } => match pool.slot_for(*token) {
             Some(slot) => slot,
