@@ -106,7 +106,8 @@ async fn an_open_node_gets_probes_only_and_they_alone_bring_it_back() {
     // It answers again, but until probes have said so nobody else asks it.
     let known = servers[2].requests().len();
     servers[2].accept().unwrap();
-    let probe = |line: &[u8]| line.starts_with(b"version") || is_canary(line);
+    let greeting = |line: &[u8]| line.starts_with(b"version") || line.starts_with(b"mn");
+    let probe = |line: &[u8]| greeting(line) || is_canary(line);
     loop {
         for outcome in join_all(keys.iter().map(|key| client.get(key))).await {
             outcome.unwrap();

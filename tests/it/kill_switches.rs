@@ -12,7 +12,8 @@ use tower::Service;
 use tower_memcached::testing::Server;
 use tower_memcached::{
     BoxedService, BreakerSettings, BreakerState, CasOutcome, Client, ClientBuilder, ErrorKind,
-    FailureMode, GroupSettings, Key, OnFailure, Outcome, ProbeSettings, Request, Response, Ttl,
+    FailureMode, GroupSettings, Key, OnFailure, Outcome, ProbeSettings, Protocol, Request,
+    Response, Ttl,
 };
 
 use crate::support::{
@@ -90,6 +91,7 @@ async fn a_thrown_switch_answers_every_operation_as_a_cache_that_keeps_nothing()
         let servers = new_servers(3);
         let client = in_memory(&servers)
             .group("g", group().prefix("g:"))
+            .protocol(Protocol::Meta)
             .build()
             .unwrap();
         let one = client.group("g").unwrap();

@@ -11,7 +11,7 @@ use tower_memcached::testing::Server;
 use tower_memcached::{
     Address, BoxStream, BreakerState, CasOutcome, Client, Connecting, Connector, EjectionCause,
     Executor, FailureMode, GroupLayer, JournalOverflow, JournalSettings, Key, KillSwitch, NodeSpec,
-    Outcome, ProbeSettings, Ring, Ttl,
+    Outcome, ProbeSettings, Protocol, Ring, Ttl,
 };
 
 use crate::support::{
@@ -304,6 +304,7 @@ async fn what_a_server_was_sent_before_it_went_away_is_not_read_when_it_is_back(
             held: held.clone(),
             let_go: let_go.clone(),
         })
+        .protocol(Protocol::Meta)
         .executor(Executor::current())
         .build()
         .unwrap();

@@ -10,7 +10,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 use tower_memcached::testing::{Memcached, Server};
 use tower_memcached::{
-    Address, BoxStream, Client, Connecting, Connector, ErrorKind, Executor, FailureMode, Sent, Ttl,
+    Address, BoxStream, Client, Connecting, Connector, ErrorKind, Executor, FailureMode, Protocol,
+    Sent, Ttl,
 };
 
 use crate::support::{PATIENCE, eventually, patient, server, until_closed, until_open};
@@ -40,6 +41,7 @@ fn piped(attempt: Duration) -> (Client, mpsc::UnboundedReceiver<DuplexStream>) {
     let client = Client::builder()
         .nodes(["piped"])
         .connector(Pipe(sender))
+        .protocol(Protocol::Meta)
         .executor(Executor::current())
         .max_attempts(1)
         .timeout(Duration::from_secs(5))

@@ -62,7 +62,15 @@ pub(super) struct Connection {
     pub(super) wire: Option<Wire>,
     pub(super) up: Up,
     pub(super) proxy: bool,
+    /// Something was answered over it, in time or not.
+    pub(super) answered: bool,
     established: Instant,
+}
+
+/// A connection that a request has, and where it is from.
+pub(super) struct Lent {
+    pub(super) connection: bb8::PooledConnection<'static, Manager>,
+    pub(super) generation: Arc<Generation>,
 }
 
 pub(super) struct Manager(Arc<Shared>);
@@ -149,8 +157,9 @@ impl Shared {
     }
 
     async fn connect(self: &Arc<Self>) -> Result<Connection> {
-        if let Some((_, error)) = self.broken(&self.lock()) {
-            return Err(error.clone());
+        if let Some(error) = self.refuses() {
+            self.refuse(&error);
+            return Err(error);
         }
         let began = Instant::now();
         let mut closing = self.site.closing.subscribe();
@@ -167,6 +176,7 @@ impl Shared {
                 )),
                 up: self.site.connection_up(),
                 proxy: connected.dialect == Dialect::Classic { proxy: true },
+                answered: false,
                 established: Instant::now(),
             }),
             Err((failure, error)) => {
@@ -193,12 +203,26 @@ impl Shared {
             // Nor has anything been answered since.
             most_dead: failure.is_the_nodes() && suspicion.is_some_and(|since| began >= since),
         });
+        self.back_off(error);
+        // Where another connection is in use it is going to be handed back.
+        if self.site.up() == 0 {
+            self.refuse(error);
+        }
+    }
+
+    /// Connecting has come to nothing, and is not tried again for a while.
+    fn back_off(&self, error: &Error) {
         let mut state = self.lock();
         state.broken = Some((Instant::now() + backoff(state.failures), error.clone()));
         state.failures = state.failures.saturating_add(1);
-        drop(state);
-        // Where another connection is in use it is going to be handed back.
-        if self.site.up() == 0 {
+    }
+
+    /// The server has ended a connection, and so others, probably. One that it ends without ever having
+    /// answered over it is as good as none.
+    pub(super) fn lost(&self, lent: &Lent, error: &Error) {
+        self.distrust(&lent.generation);
+        if !lent.connection.answered {
+            self.back_off(error);
             self.refuse(error);
         }
     }
@@ -222,7 +246,7 @@ impl Shared {
 
     /// A connection of that generation has ended: those that wait in its pool are not used any more, and
     /// who waits for one gets one of the next generation.
-    pub(super) fn distrust(&self, generation: &Arc<Generation>) {
+    fn distrust(&self, generation: &Arc<Generation>) {
         let mut state = self.lock();
         let current = state
             .generation
@@ -269,18 +293,13 @@ impl Shared {
     }
 
     /// A connection has not answered for as long as it may.
-    pub(super) fn unresponsive(
-        &self,
-        generation: &Arc<Generation>,
-        connection: &Connection,
-        error: &Error,
-    ) {
+    pub(super) fn unresponsive(&self, lent: &Lent, error: &Error) {
         let suspicion = self.lock().suspicion;
-        self.distrust(generation);
+        self.distrust(&lent.generation);
         self.site.report(&Event::Unresponsive {
             error,
             // One that was made in place of another that did not answer.
-            most_dead: suspicion.is_some_and(|since| connection.established > since),
+            most_dead: suspicion.is_some_and(|since| lent.connection.established > since),
         });
     }
 }

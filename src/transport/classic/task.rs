@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
 
-use bb8::PooledConnection;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::Place;
-use super::pool::{Generation, Manager, Shared};
+use super::pool::{Lent, Shared};
 use super::wire::{self, Wire};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, after};
@@ -70,12 +69,6 @@ pub(super) struct Job {
     pub(super) drained: watch::Receiver<Option<Error>>,
     #[expect(dead_code, reason = "its drop gives the place back")]
     pub(super) place: Place,
-}
-
-/// A connection, and where it is from.
-struct Lent {
-    connection: PooledConnection<'static, Manager>,
-    generation: Arc<Generation>,
 }
 
 /// How an exchange ended.
@@ -155,6 +148,9 @@ impl Job {
             return Err(error.clone().with_sent(Sent::No));
         }
         loop {
+            if let Some(error) = self.shared.refuses() {
+                return Err(error);
+            }
             let generation = self.shared.generation()?;
             let mut ended = generation.ended.subscribe();
             let mut has_ended = pin!(ended.wait_for(Option::is_some));
@@ -259,15 +255,10 @@ impl Job {
         }
         let (outcome, left) = match end {
             End::Answered(outcome) => {
-                let sent = outcome.as_ref().err().map_or(Sent::Yes, Error::sent);
-                match sent {
-                    Sent::No => {
-                        self.progress.set(Progress::QUEUED);
-                        shared.distrust(&lent.generation);
-                        return Exchanged::Again;
-                    }
+                match outcome.as_ref().map_or_else(Error::sent, |_| Sent::Yes) {
                     Sent::Yes => {
                         doubt.settle();
+                        lent.connection.answered = true;
                         if !times.judged {
                             shared.answered(sent_at);
                         }
@@ -275,8 +266,15 @@ impl Job {
                             lent.connection.wire = Some(wire);
                         }
                     }
-                    Sent::Maybe => {
-                        shared.distrust(&lent.generation);
+                    sent => {
+                        if let Err(error) = &outcome {
+                            shared.lost(&lent, error);
+                        }
+                        // It had ended while it waited in the pool.
+                        if sent == Sent::No && lent.connection.answered {
+                            self.progress.set(Progress::QUEUED);
+                            return Exchanged::Again;
+                        }
                         doubt.stays(Some(wire.into_stream()));
                     }
                 }
@@ -292,7 +290,7 @@ impl Job {
                 let error = Error::new(ErrorKind::Unresponsive, message)
                     .charged_to(Charge::Node)
                     .at_node(&shared.site.name);
-                shared.unresponsive(&lent.generation, &lent.connection, &error);
+                shared.unresponsive(&lent, &error);
                 doubt.stays(Some(wire.into_stream()));
                 (Err(error.with_sent(sent)), Exchanged::Redial)
             }
