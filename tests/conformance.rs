@@ -1613,3 +1613,136 @@ async fn a_line_is_waited_for_up_to_a_limit_on_both() {
         }
     }
 }
+
+/// Replies that are not flushed give way to the next one, so what is answered depends on what arrives at once. Each
+/// step is sent when the one before it has been answered.
+#[tokio::test]
+async fn authentication_is_the_same_on_both() {
+    const REFUSED: &str = "CLIENT_ERROR unauthenticated\r\n";
+    const FAILED: &str = "CLIENT_ERROR authentication failure\r\n";
+    const FORMAT: &str = "CLIENT_ERROR bad authentication token format\r\n";
+    const END: &str = "<end>";
+    const LOGIN: &str = "set x 0 0 13\r\nuser password\r\n";
+    let password = |length: usize| {
+        let text = format!("user {}", "p".repeat(length - 5));
+        format!("set x 0 0 {length}\r\n{text}\r\n")
+    };
+    let then = |request: &str| format!("{LOGIN}{request}");
+    let cases: Vec<Vec<(String, String)>> = [
+        vec![
+            ("version\r\n", REFUSED),
+            ("mn\r\n", REFUSED),
+            ("quit\r\n", REFUSED),
+            ("\r\n", REFUSED),
+        ],
+        vec![("\n", ""), ("x", REFUSED), ("\r\n", REFUSED)],
+        vec![("set k 0 0 1\r\n1\r\n", FORMAT), ("get k\r\n", REFUSED)],
+        vec![
+            ("set k 0 0 0\r\n\r\n", FORMAT),
+            ("set k 0 0 1 \r\n \r\n", FORMAT),
+        ],
+        vec![
+            (LOGIN, "STORED\r\n"),
+            ("mn\r\n", "MN\r\n"),
+            (LOGIN, "STORED\r\n"),
+            ("get x\r\n", "VALUE x 0 13\r\nuser password\r\nEND\r\n"),
+        ],
+        vec![(&then("mn\r\n"), "STORED\r\nMN\r\n")],
+        vec![(&format!("mn\r\nmn\r\n{LOGIN}mn\r\n"), "STORED\r\nMN\r\n")],
+        vec![(&"mn\r\n".repeat(60), &REFUSED.repeat(3))],
+        vec![
+            ("set x 0 0 13\r\nuser passwork\r\n", FAILED),
+            (LOGIN, "STORED\r\n"),
+        ],
+        vec![
+            ("set x 0 0 13\r\nusex password\r\n", FAILED),
+            ("set x 0 0 9\r\nuser pass\r\n", FAILED),
+        ],
+        vec![
+            ("set x 0 0 13\r\nuser\0password\r\n", FORMAT),
+            ("set x 0 0 15\r\nuser password\0x\r\n", "STORED\r\n"),
+        ],
+        vec![("set x 0 0 13\nuser password\r\n", "STORED\r\n")],
+        vec![("set x y z 13 noreply\r\nuser password\r\n", "STORED\r\n")],
+        vec![("  set x 0 0 16 a b c\r\n  user  password\r\n", "STORED\r\n")],
+        vec![
+            ("set x 0 0 13 \r\nother secret \r\n", FAILED),
+            ("set x 0 0 15\r\nuser password x\r\n", "STORED\r\n"),
+        ],
+        vec![(
+            "set x 0 0 2\r\nuserxx",
+            "CLIENT_ERROR bad command line termination\r\n",
+        )],
+        vec![
+            ("set x 0 0 13\r\nuser passwordxx\r\n", REFUSED),
+            (LOGIN, "STORED\r\n"),
+        ],
+        vec![
+            ("set x 0 0 13\r\nuser", ""),
+            (" password", ""),
+            ("\r\nmn\r\n", "STORED\r\nMN\r\n"),
+        ],
+        vec![
+            ("mn\r\nset x 0 0 13\r\nuser", REFUSED),
+            (" password\r\n", "STORED\r\n"),
+        ],
+        vec![
+            ("set x 0 0\r\n", REFUSED),
+            ("set x 0 0 -1\r\n", REFUSED),
+            ("set x 0 0 x\r\n", REFUSED),
+            ("set x 0 0 13x\r\n", REFUSED),
+        ],
+        vec![
+            ("ms x 13\r\n", REFUSED),
+            ("add x 0 0 13\r\n", REFUSED),
+            ("GET / HTTP/1.0\r\n", REFUSED),
+        ],
+        vec![
+            (&password(10_000), FAILED),
+            (&password(16_300), FAILED),
+            (&password(17_000), END),
+        ],
+        vec![
+            (&format!("{}\r\n", "x".repeat(2_000)), REFUSED),
+            (&format!("get {}", "k ".repeat(2_000)), END),
+        ],
+    ]
+    .into_iter()
+    .map(|case| {
+        case.into_iter()
+            .map(|(request, reply)| (request.to_owned(), reply.to_owned()))
+            .collect()
+    })
+    .collect();
+
+    let users = std::env::temp_dir().join(format!("tower-memcached-users-{}", std::process::id()));
+    std::fs::write(&users, "user:password\n").expect("a file");
+    let memcached = Memcached::spawn(&["-Y", users.to_str().expect("a name in UTF-8")]);
+    let server = Server::builder().authentication("user", "password").build();
+    let ours = server.listen().await.expect("a free port").to_string();
+    let theirs = memcached.as_ref().map(Memcached::address);
+    std::fs::remove_file(&users).expect("it is there");
+    let theirs = theirs.expect("memcached with authentication starts");
+    for case in &cases {
+        for (name, address) in [("in-process", &ours), ("memcached", &theirs)] {
+            let mut stream = TcpStream::connect(address).await.expect("it listens");
+            stream.set_nodelay(true).expect("a socket option");
+            for (request, expected) in case {
+                // A connection that is closed meanwhile shows in what is read.
+                let _ = stream.write_all(request.as_bytes()).await;
+                let mut reply = vec![0; expected.len()];
+                let read =
+                    tokio::time::timeout(Duration::from_secs(30), stream.read_exact(&mut reply));
+                if read.await.expect("an answer in time").is_err() {
+                    reply = END.as_bytes().to_vec();
+                }
+                assert_eq!(
+                    shown(&reply),
+                    shown(expected.as_bytes()),
+                    "{name}: {}",
+                    shown(request.as_bytes())
+                );
+            }
+        }
+    }
+}

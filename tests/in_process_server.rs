@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
-use tower_memcached::testing::{Admission, Server};
+use tower_memcached::testing::{Admission, Dialect, Server};
 
 const VERSION: &[u8] = b"VERSION 1.6.18\r\n";
 
@@ -506,4 +506,166 @@ async fn a_peer_that_only_writes_is_held_back_and_then_served() {
     };
     tokio::join!(write, read);
     assert_eq!(server.commands_named("get"), 2_000);
+}
+
+#[tokio::test]
+async fn an_older_server_does_not_know_what_came_later() {
+    const STORE: &[u8] = b"ms k 5\r\nmn\r\n1\r\n";
+    let server = Server::new();
+    let mut stream = in_memory(&server);
+    server.insert("k", "1");
+    for (version, unknown, known) in [
+        ("1.6.18", &[][..], &["gat 0 k", "gats 0 k", "touch k 0"][..]),
+        ("1.5.3", &[], &["gat 0 k", "gats 0 k", "touch k 0"]),
+        ("1.5.2", &["gat 0 k", "gats 0 k"], &["touch k 0"]),
+        ("1.4.8_4", &["gat 0 k"], &["touch k 0"]),
+        ("1.4.7", &["gat 0 k", "touch k 0"], &["get k"]),
+        ("unheard of", &[], &["gat 0 k", "touch k 0"]),
+    ] {
+        server.set_version(version);
+        server.set_dialect(Dialect::Classic);
+        let expected = format!("VERSION {version}\r\n");
+        ask(&mut stream, b"version\r\n", expected.as_bytes()).await;
+        for line in ["mn", "mg k v", "md k", "ma k", "me k"]
+            .iter()
+            .chain(unknown)
+        {
+            ask(&mut stream, format!("{line}\r\n").as_bytes(), b"ERROR\r\n").await;
+        }
+        // The trap: the value is executed, line by line.
+        ask(&mut stream, STORE, &b"ERROR\r\n".repeat(3)).await;
+        for line in known {
+            let request = format!("{line}\r\nset n 0 0 1\r\n0\r\n");
+            let expected = match (line.split_once(' '), version) {
+                (Some(("touch", _)), _) => "TOUCHED\r\n".to_owned(),
+                (Some(("gats", _)), _) => "VALUE k 0 1 1\r\n1\r\nEND\r\n".to_owned(),
+                _ => "VALUE k 0 1\r\n1\r\nEND\r\n".to_owned(),
+            };
+            ask(
+                &mut stream,
+                request.as_bytes(),
+                format!("{expected}STORED\r\n").as_bytes(),
+            )
+            .await;
+        }
+        server.heal().expect("nothing to listen on");
+        ask(&mut stream, b"mn\r\n", b"ERROR\r\n").await;
+        server.set_dialect(Dialect::Meta);
+        ask(&mut stream, b"mn\r\n", b"MN\r\n").await;
+    }
+}
+
+/// What twemproxy 0.5.0 was seen to do.
+#[tokio::test]
+async fn a_proxy_forwards_or_closes() {
+    let server = Server::builder().dialect(Dialect::Proxy).build();
+    let long = "k".repeat(250);
+    let mut stream = in_memory(&server);
+    for (request, expected) in [
+        ("version\r\n", "VERSION 1.6.18\r\n"),
+        ("set k 7 0 1\r\n1\r\n", "STORED\r\n"),
+        (
+            "set k 7 0 1 noreply\r\n1\r\nget k k\r\n",
+            "VALUE k 7 1\r\n1\r\nVALUE k 7 1\r\n1\r\nEND\r\n",
+        ),
+        ("gets k\r\n", "VALUE k 7 1 2\r\n1\r\nEND\r\n"),
+        ("cas k 0 0 1 9\r\nx\r\n", "EXISTS\r\n"),
+        ("incr k 4\r\ndecr k 9\r\n", "5\r\n0\r\n"),
+        (
+            "touch k 0\r\ntouch k 0 noreply\r\ntouch k -1\r\n",
+            "TOUCHED\r\nTOUCHED\r\n",
+        ),
+        ("add k 0 0 1\r\nx\r\n", "STORED\r\n"),
+        (
+            "replace k 0 0 1\r\nx\r\nappend k 0 0 1\r\ny\r\nprepend k 0 0 1\r\nw\r\n",
+            "STORED\r\nSTORED\r\nSTORED\r\n",
+        ),
+        (
+            "delete k\r\ndelete k\r\ndelete k noreply\r\n",
+            "DELETED\r\nNOT_FOUND\r\n",
+        ),
+        (&format!("get {long}\r\n"), "END\r\n"),
+    ] {
+        ask(&mut stream, request.as_bytes(), expected.as_bytes()).await;
+    }
+    for line in [
+        "mn",
+        "mg k",
+        "ms k 1",
+        "md k",
+        "ma k",
+        "me k",
+        "gat 1 k",
+        "gats 1 k",
+        "bget k",
+        "stats",
+        "flush_all",
+        "verbosity 1",
+        "shutdown",
+        "lru_crawler",
+        "foo",
+        "",
+        "quit",
+        "get",
+        "GET k",
+        "version foo",
+        "delete k 0",
+        "incr k x",
+        "incr k -1",
+        "set k 0 0 x",
+        "set k -1 0 1",
+        "set k 0 -1 1",
+        "set k 0 0 1\r\n12",
+        &format!("get {long}k"),
+        &format!("set {long}k 0 0 1\r\n1"),
+        &format!("version\r\nget {long}k"),
+    ] {
+        let mut stream = in_memory(&server);
+        stream
+            .write_all(format!("{line}\r\n").as_bytes())
+            .await
+            .expect("it can be written");
+        assert_eq!(rest(&mut stream).await, (Vec::new(), None), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn authentication_is_asked_of_new_connections() {
+    const REFUSED: &[u8] = b"CLIENT_ERROR unauthenticated\r\n";
+    const FAILED: &[u8] = b"CLIENT_ERROR authentication failure\r\n";
+    const CREDENTIALS: &[u8] = b"set x 0 0 13\r\nuser password\r\n";
+    let server = Server::builder().authentication("user", "password").build();
+    let mut early = in_memory(&server);
+    ask(&mut early, b"get k\r\n", REFUSED).await;
+    ask(&mut early, b"set x 0 0 13\r\nuser passw0rd\r\n", FAILED).await;
+    ask(&mut early, CREDENTIALS, b"STORED\r\n").await;
+    ask(
+        &mut early,
+        b"version\r\nget x\r\n",
+        &[VERSION, b"END\r\n"].concat(),
+    )
+    .await;
+    assert_eq!(server.commands_named("auth"), 2);
+    assert_eq!(server.commands_named("unauthenticated"), 1);
+
+    server.require_authentication("user", "other");
+    ask(&mut early, b"version\r\n", VERSION).await;
+    let mut late = in_memory(&server);
+    ask(&mut late, CREDENTIALS, FAILED).await;
+    ask(
+        &mut late,
+        b"set x 0 0 10\r\nuser other\r\nmn\r\n",
+        b"STORED\r\nMN\r\n",
+    )
+    .await;
+
+    server.heal().expect("nothing to listen on");
+    ask(&mut in_memory(&server), b"mn\r\n", REFUSED).await;
+    server.allow_everybody();
+    ask(&mut in_memory(&server), CREDENTIALS, b"STORED\r\n").await;
+    assert_eq!(
+        server.peek("x").expect("a key like any other"),
+        "user password"
+    );
+    assert!(!format!("{server:?}").contains("password"));
 }

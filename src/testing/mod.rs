@@ -105,4 +105,4 @@ pub use self::memcached::{Memcached, NotInstalled};
 pub use self::proxy::{Ending, Flow, Proxy, Toxics};
 #[doc(hidden)]
 pub use self::server::fuzz_server_parser;
-pub use self::server::{Admission, Server, ServerBuilder};
+pub use self::server::{Admission, Dialect, Server, ServerBuilder};

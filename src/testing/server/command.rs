@@ -6,6 +6,7 @@
 use bytes::Bytes;
 
 use super::literal::{decode_key, signed, unsigned};
+use super::manner::{Dialect, Manner};
 use super::meta::{Meta, OPAQUE_TOO_LONG};
 use super::store::item_size;
 
@@ -32,6 +33,8 @@ pub(super) struct Request {
 pub(super) enum Command {
     /// Answer this line; nothing is executed.
     Answer(&'static str),
+    /// Answer this line, in the place of all that is not flushed: to a connection that is not authenticated.
+    AnswerAlone(&'static str),
     /// An error that `noreply` hides.
     Silence,
     Get(Get),
@@ -68,7 +71,7 @@ pub(super) enum Command {
     MetaArithmetic(Meta),
     /// `quit`: close once everything is written.
     Quit,
-    /// A browser: close at once.
+    /// A browser, or what a proxy cannot forward: close at once.
     Abort,
 }
 
@@ -184,16 +187,55 @@ impl Tokens {
     }
 }
 
-pub(super) fn parse_line(line: &Bytes, largest_item: usize) -> (&'static str, Line) {
+/// What a line asks a server of this manner for, and the name of the command.
+pub(super) fn parse_line(
+    line: &Bytes,
+    largest_item: usize,
+    manner: &Manner,
+) -> (&'static str, Line) {
     let tokens = Tokens::split(line);
     let verb: &[u8] = tokens.words.first().map_or(b"", |word| word);
+    let (name, parsed) = if manner.knows(verb) {
+        parse_command(verb, &tokens, largest_item)
+    } else {
+        ("unknown", Line::Complete(Command::Answer("ERROR")))
+    };
+    if manner.dialect == Dialect::Proxy && !is_forwarded(&tokens.words, &parsed) {
+        return (name, Line::Complete(Command::Abort));
+    }
+    (name, parsed)
+}
+
+/// Whether a proxy can parse it: it is stricter than memcached, and closes the connection where that answers an error.
+fn is_forwarded(words: &[Bytes], parsed: &Line) -> bool {
+    let are_digits = |words: &[Bytes]| words.iter().flatten().all(u8::is_ascii_digit);
+    match parsed {
+        Line::Complete(Command::Answer(_) | Command::Silence) => false,
+        Line::Complete(Command::Get(get)) => !get.overlong,
+        Line::Complete(Command::Delete { noreply, .. }) => words.len() == 2 + usize::from(*noreply),
+        Line::Complete(Command::Arithmetic { .. }) => are_digits(&words[2..3]),
+        Line::Complete(Command::Version | Command::Quit) => words.len() == 1,
+        Line::Complete(_) => true,
+        Line::ThenValue(..) | Line::ThenSwallow(..) => are_digits(&words[2..5]),
+    }
+}
+
+/// The length of the credentials that follow, if the line announces any: it has the shape of a `set`, whatever its key,
+/// flags and expiry are.
+pub(super) fn credentials_length(line: &Bytes) -> Option<u64> {
+    let Tokens { words } = Tokens::split(line);
+    let announces = words.len() > 4 && words[0] == "set";
+    announces.then(|| unsigned(&words[4])).flatten()
+}
+
+fn parse_command(verb: &[u8], tokens: &Tokens, largest_item: usize) -> (&'static str, Line) {
     if verb.len() < 2 {
         return ("unknown", Line::Complete(Command::Answer("ERROR")));
     }
     let count = tokens.count();
     let words = &tokens.words[..];
     let wrong_count = Line::Complete(Command::Answer("ERROR"));
-    let store = |mode| parse_store(mode, &tokens, largest_item);
+    let store = |mode| parse_store(mode, tokens, largest_item);
     match verb {
         b"mg" if count < 3 => ("mg", wrong_count),
         b"mg" => ("mg", Line::Complete(parse_meta_get(words))),
@@ -226,18 +268,18 @@ pub(super) fn parse_line(line: &Bytes, largest_item: usize) -> (&'static str, Li
         b"prepend" if matches!(count, 6 | 7) => ("prepend", store(Mode::Prepend)),
         b"cas" if matches!(count, 7 | 8) => ("cas", store(Mode::Cas)),
         b"incr" if matches!(count, 4 | 5) => {
-            ("incr", Line::Complete(parse_arithmetic(&tokens, true)))
+            ("incr", Line::Complete(parse_arithmetic(tokens, true)))
         }
         b"decr" if matches!(count, 4 | 5) => {
-            ("decr", Line::Complete(parse_arithmetic(&tokens, false)))
+            ("decr", Line::Complete(parse_arithmetic(tokens, false)))
         }
-        b"touch" if matches!(count, 4 | 5) => ("touch", Line::Complete(parse_touch(&tokens))),
-        b"delete" if matches!(count, 3..=5) => ("delete", Line::Complete(parse_delete(&tokens))),
+        b"touch" if matches!(count, 4 | 5) => ("touch", Line::Complete(parse_touch(tokens))),
+        b"delete" if matches!(count, 3..=5) => ("delete", Line::Complete(parse_delete(tokens))),
         b"flush_all" if matches!(count, 2..=4) => {
-            ("flush_all", Line::Complete(parse_flush_all(&tokens)))
+            ("flush_all", Line::Complete(parse_flush_all(tokens)))
         }
         b"verbosity" if matches!(count, 3 | 4) => {
-            ("verbosity", Line::Complete(parse_verbosity(&tokens)))
+            ("verbosity", Line::Complete(parse_verbosity(tokens)))
         }
         b"version" => ("version", Line::Complete(Command::Version)),
         b"stats" => ("stats", Line::Complete(parse_stats(words))),

@@ -84,7 +84,7 @@ where
         Admission::Serve => {}
     }
     let mut connection = Connection {
-        parser: Parser::new(shared.largest_item),
+        parser: Parser::new(shared.largest_item, current.manner.credentials.is_none()),
         epoch: registration.epoch,
         shared: Arc::clone(&shared),
         faults,
@@ -215,12 +215,17 @@ impl Connection {
                 self.flush();
                 return;
             }
-            match self.parser.next(&mut self.input) {
+            match self.parser.next(&mut self.input, &self.current.manner) {
                 Parsed::Incomplete => break,
                 Parsed::Close => self.end = End::Now,
                 Parsed::Request(request) => {
-                    let Some(then) = self.shared.execute(&request, &mut self.reply, self.epoch)
-                    else {
+                    let executed_as = self.shared.execute(
+                        &request,
+                        &mut self.reply,
+                        self.epoch,
+                        &self.current.manner.version,
+                    );
+                    let Some(then) = executed_as else {
                         self.end = End::Now;
                         break;
                     };

@@ -83,6 +83,10 @@ impl Engine {
             .push_back(Bytes::copy_from_slice(&request.line));
         match &request.command {
             Command::Answer(text) => line(reply, text),
+            Command::AnswerAlone(text) => {
+                line(reply, text);
+                return Then::Discard;
+            }
             Command::Silence => {}
             Command::Get(get) => return self.get(get, reply),
             Command::Store(store) => self.store_value(store, reply),

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::manner::Manner;
+
 /// What a new connection meets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -42,6 +44,8 @@ pub(super) struct Faults {
     pub(super) rewrite: Option<Rewrite>,
     /// A reply is cut after so many bytes, and the connection with it.
     pub(super) cut: Option<usize>,
+    /// What the server pretends to be, which is no fault: healing leaves it.
+    pub(super) manner: Arc<Manner>,
 }
 
 impl fmt::Debug for Faults {
@@ -54,6 +58,7 @@ impl fmt::Debug for Faults {
             .field("delay", &self.delay)
             .field("rewrite", &self.rewrite.is_some())
             .field("cut", &self.cut)
+            .field("manner", &self.manner)
             .finish()
     }
 }

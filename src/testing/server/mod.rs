@@ -1,7 +1,7 @@
 //! [`Server`]: memcached 1.6.18 inside the test process, with faults that are set at run time.
 //!
 //! `parser` cuts the stream into requests, with all of memcached's traps; `command`, `meta` and `literal` read a line;
-//! `store` holds the items; `execute` runs a command against the store and words the reply; `connection` moves bytes
+//! `manner` is what the server pretends to be; `store` holds the items; `execute` runs a command against the store and words the reply; `connection` moves bytes
 //! and applies `faults`. The handle in this file ties them together. A conformance suite sends the same bytes to this
 //! server and to a real memcached 1.6.18 and demands the same bytes back.
 
@@ -10,6 +10,7 @@ mod connection;
 mod execute;
 mod faults;
 mod literal;
+mod manner;
 mod meta;
 mod parser;
 #[cfg(test)]
@@ -36,6 +37,8 @@ use self::command::Request;
 use self::execute::{Engine, Surroundings, Then};
 pub use self::faults::Admission;
 use self::faults::{Faults, Signal};
+pub use self::manner::Dialect;
+use self::manner::{Credentials, Manner};
 #[doc(hidden)]
 pub use self::parser::fuzz_server_parser;
 use self::store::{Item, Store};
@@ -49,9 +52,9 @@ use self::store::{Item, Store};
 /// Clones are handles of the same server. When the last one is dropped, the listener and all connections are closed.
 ///
 /// It speaks the classic text commands (`get gets gat gats set add replace append prepend cas delete incr decr touch
-/// flush_all version verbosity stats quit`) and the meta commands (`mg ms md ma mn me`). It has neither the binary
-/// protocol nor authentication, nor the administration commands (`lru`, `slabs`, `watch` and so on, which answer
-/// `ERROR`), and `stats` shows a selection. What it evicts when memory runs out is arbitrary.
+/// flush_all version verbosity stats quit`) and the meta commands (`mg ms md ma mn me`), or less, if it is to pretend to
+/// be an older server or a proxy ([`set_dialect`](Self::set_dialect)). It has neither the binary protocol nor the
+/// administration commands (`lru`, `slabs`, `watch` and so on, which answer `ERROR`), and `stats` shows a selection. What it evicts when memory runs out is arbitrary.
 ///
 /// # Example
 ///
@@ -95,7 +98,7 @@ pub struct Server {
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct ServerBuilder {
-    version: String,
+    manner: Manner,
     largest_item: usize,
     memory_limit: usize,
     evictions: bool,
@@ -110,7 +113,7 @@ impl Server {
     /// Settings other than the defaults.
     pub fn builder() -> ServerBuilder {
         ServerBuilder {
-            version: "1.6.18".to_owned(),
+            manner: Manner::default(),
             largest_item: 1 << 20,
             memory_limit: 64 << 20,
             evictions: true,
@@ -338,6 +341,7 @@ impl Server {
             *faults = Faults {
                 shut_down: faults.shut_down,
                 admission: faults.admission,
+                manner: Arc::clone(&faults.manner),
                 ..Faults::default()
             };
         });
@@ -349,6 +353,47 @@ impl Server {
             // A connection that just ended needs no signal.
             let _ = connection.send(signal.clone());
         }
+    }
+}
+
+/// What the server pretends to be: other servers than memcached 1.6.18, set at run time like the faults, for all
+/// connections from the next request on. [`heal`](Self::heal) changes nothing here.
+impl Server {
+    /// What `version` and `stats` answer. The behaviour follows as far as [`Dialect::Classic`] says; the meta commands
+    /// stay those of 1.6.18.
+    pub fn set_version(&self, version: impl Into<String>) {
+        let version = version.into();
+        self.change_manner(|manner| manner.version = version);
+    }
+
+    /// Which commands it understands: those of an older server, or of a proxy.
+    pub fn set_dialect(&self, dialect: Dialect) {
+        self.change_manner(|manner| manner.dialect = dialect);
+    }
+
+    /// Serves new connections only after they gave this user and password, as `memcached -Y` does: until a
+    /// `set <any> <any> <any> <length>` whose value is `user password`, which is answered `STORED`, it answers every
+    /// line with `CLIENT_ERROR unauthenticated`. Of several such answers in a row only the last is sent. Open
+    /// connections stay as they are: see [`close_connections`](Self::close_connections).
+    pub fn require_authentication(&self, user: impl Into<Bytes>, password: impl Into<Bytes>) {
+        let credentials = Credentials {
+            user: user.into(),
+            password: password.into(),
+        };
+        self.change_manner(|manner| manner.credentials = Some(credentials));
+    }
+
+    /// Ends [`require_authentication`](Self::require_authentication) for new connections. Those that have not given
+    /// their credentials yet still have to, but any will do.
+    pub fn allow_everybody(&self) {
+        self.change_manner(|manner| manner.credentials = None);
+    }
+
+    fn change_manner(&self, change: impl FnOnce(&mut Manner)) {
+        self.handle
+            .shared
+            .faults
+            .send_modify(|faults| change(Arc::make_mut(&mut faults.manner)));
     }
 }
 
@@ -434,9 +479,25 @@ impl fmt::Debug for Server {
 }
 
 impl ServerBuilder {
-    /// What `version` answers, "1.6.18" by default. Only the answer changes, not the behaviour.
+    /// What `version` answers, "1.6.18" by default: [`Server::set_version`].
     pub fn version(mut self, version: impl Into<String>) -> Self {
-        self.version = version.into();
+        self.manner.version = version.into();
+        self
+    }
+
+    /// The commands it understands, [`Dialect::Meta`] by default: [`Server::set_dialect`].
+    pub fn dialect(mut self, dialect: Dialect) -> Self {
+        self.manner.dialect = dialect;
+        self
+    }
+
+    /// Lets in who gives this user and password, and nobody else; by default everybody is:
+    /// [`Server::require_authentication`].
+    pub fn authentication(mut self, user: impl Into<Bytes>, password: impl Into<Bytes>) -> Self {
+        self.manner.credentials = Some(Credentials {
+            user: user.into(),
+            password: password.into(),
+        });
         self
     }
 
@@ -463,10 +524,12 @@ impl ServerBuilder {
     pub fn build(self) -> Server {
         let store = Store::new(self.memory_limit, self.largest_item, self.evictions);
         let shared = Shared {
-            version: self.version,
             largest_item: self.largest_item,
             engine: Mutex::new(Engine::new(store)),
-            faults: watch::Sender::new(Faults::default()),
+            faults: watch::Sender::new(Faults {
+                manner: Arc::new(self.manner),
+                ..Faults::default()
+            }),
             connections: Mutex::new(HashMap::new()),
             accepted: AtomicU64::new(0),
             replies: AtomicU64::new(0),
@@ -493,7 +556,6 @@ impl Drop for LastHandle {
 
 /// What the handles and the tasks of a server share.
 struct Shared {
-    version: String,
     largest_item: usize,
     engine: Mutex<Engine>,
     faults: watch::Sender<Faults>,
@@ -545,9 +607,15 @@ impl Shared {
     }
 
     /// Executes a request for a connection of `epoch`; `None` if the server has been restarted since.
-    fn execute(&self, request: &Request, reply: &mut BytesMut, epoch: u64) -> Option<Then> {
+    fn execute(
+        &self,
+        request: &Request,
+        reply: &mut BytesMut,
+        epoch: u64,
+        version: &str,
+    ) -> Option<Then> {
         let surroundings = Surroundings {
-            version: &self.version,
+            version,
             open_connections: &|| lock(&self.connections).len(),
             accepted: self.accepted.load(Ordering::SeqCst),
         };

@@ -6,14 +6,18 @@
 
 use std::ops::ControlFlow;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 
-use super::command::{Line, Request, Value, parse_line};
+use super::command::{Command, Line, Request, Value, credentials_length, parse_line};
+use super::manner::{Dialect, Manner};
 
 /// Bytes without a line feed that memcached tolerates before it closes the connection.
 const LONGEST_UNFINISHED_LINE: usize = 2_048;
 /// A multi-get line has no limit in memcached; this one keeps a hostile peer from filling our memory.
 const LONGEST_GET_LINE: usize = 1 << 20;
+/// memcached's read buffer, which credentials have to fit into.
+const LONGEST_CREDENTIALS: u64 = 16 * 1_024;
+
 /// One step of [`Parser::next`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Parsed {
@@ -29,6 +33,8 @@ pub(super) enum Parsed {
 #[derive(Debug)]
 pub(super) struct Parser {
     largest_item: usize,
+    /// Whether commands are to be read rather than credentials.
+    authenticated: bool,
     state: State,
 }
 
@@ -45,13 +51,20 @@ enum State {
         request: Box<Request>,
         remaining: usize,
     },
+    /// Credentials of so many bytes are to come, CR LF included, after this line.
+    Credentials {
+        line: Bytes,
+        length: usize,
+    },
 }
 
 impl Parser {
     /// A parser for a server whose items may take `largest_item` bytes, counted like [`item_size`].
-    pub(super) fn new(largest_item: usize) -> Self {
+    /// Unless `authenticated`, it begins with credentials.
+    pub(super) fn new(largest_item: usize, authenticated: bool) -> Self {
         Self {
             largest_item,
+            authenticated,
             state: State::Line,
         }
     }
@@ -59,22 +72,23 @@ impl Parser {
     /// Whether a command line was read whose value is still incomplete. memcached sends no reply meanwhile, not even
     /// those of earlier requests.
     pub(super) fn awaits_value(&self) -> bool {
-        !matches!(self.state, State::Line)
+        matches!(self.state, State::Value { .. } | State::Swallow { .. })
     }
 
     /// The bytes still missing from the value being read, as far as they have to be buffered.
     pub(super) fn missing(&self, buffered: usize) -> usize {
         match &self.state {
             State::Value { length, .. } => length.saturating_sub(buffered),
+            State::Credentials { length, .. } => length.saturating_sub(buffered),
             State::Line | State::Swallow { .. } => 0,
         }
     }
 
-    /// Takes the next request from the front of `input`.
-    pub(super) fn next(&mut self, input: &mut BytesMut) -> Parsed {
+    /// Takes the next request from the front of `input`, as a server of this manner reads it.
+    pub(super) fn next(&mut self, input: &mut BytesMut, manner: &Manner) -> Parsed {
         loop {
             match std::mem::replace(&mut self.state, State::Line) {
-                State::Line => match self.take_line(input) {
+                State::Line => match self.take_line(input, manner) {
                     ControlFlow::Continue(()) => {}
                     ControlFlow::Break(parsed) => return parsed,
                 },
@@ -90,9 +104,13 @@ impl Parser {
                     let value = data
                         .strip_suffix(b"\r\n")
                         .map(|value| data.slice_ref(value));
-                    request
-                        .command
-                        .set_value(value.map_or(Value::Bad, Value::Data));
+                    if value.is_none() && manner.dialect == Dialect::Proxy {
+                        request.command = Command::Abort;
+                    } else {
+                        request
+                            .command
+                            .set_value(value.map_or(Value::Bad, Value::Data));
+                    }
                     return Parsed::Request(request);
                 }
                 State::Swallow { request, remaining } => {
@@ -107,13 +125,34 @@ impl Parser {
                     };
                     return Parsed::Incomplete;
                 }
+                State::Credentials { line, length } => {
+                    if input.len() < length {
+                        self.state = State::Credentials { line, length };
+                        return Parsed::Incomplete;
+                    }
+                    let (answer, valid) = manner.authenticate(&input.split_to(length));
+                    self.authenticated = valid;
+                    return Parsed::Request(Box::new(Request {
+                        name: "auth",
+                        line,
+                        command: Command::AnswerAlone(answer),
+                    }));
+                }
             }
         }
     }
 
-    fn take_line(&mut self, input: &mut BytesMut) -> ControlFlow<Parsed> {
+    fn take_line(&mut self, input: &mut BytesMut, manner: &Manner) -> ControlFlow<Parsed> {
+        if !self.authenticated && input.len() < 2 {
+            return ControlFlow::Break(Parsed::Incomplete);
+        }
         let Some(line_feed) = memchr::memchr(b'\n', input) else {
-            return ControlFlow::Break(if may_continue(input) {
+            let longest_get = if self.authenticated {
+                LONGEST_GET_LINE
+            } else {
+                0
+            };
+            return ControlFlow::Break(if may_continue(input, longest_get) {
                 Parsed::Incomplete
             } else {
                 Parsed::Close
@@ -127,7 +166,10 @@ impl Parser {
             line_feed
         };
         line.truncate(end);
-        let (name, parsed) = parse_line(&line, self.largest_item);
+        if !self.authenticated {
+            return self.take_credentials_line(line);
+        }
+        let (name, parsed) = parse_line(&line, self.largest_item, manner);
         let request = |command| {
             Box::new(Request {
                 name,
@@ -153,10 +195,28 @@ impl Parser {
             }
         }
     }
+
+    fn take_credentials_line(&mut self, line: Bytes) -> ControlFlow<Parsed> {
+        match credentials_length(&line).map(|length| length.saturating_add(2)) {
+            None => ControlFlow::Break(Parsed::Request(Box::new(Request {
+                name: "unauthenticated",
+                line,
+                command: Command::AnswerAlone("CLIENT_ERROR unauthenticated"),
+            }))),
+            Some(length) if length > LONGEST_CREDENTIALS => ControlFlow::Break(Parsed::Close),
+            Some(length) => {
+                self.state = State::Credentials {
+                    line,
+                    length: length as usize,
+                };
+                ControlFlow::Continue(())
+            }
+        }
+    }
 }
 
 /// Whether memcached waits for the rest of a line that begins like this.
-fn may_continue(input: &[u8]) -> bool {
+fn may_continue(input: &[u8], longest_get: usize) -> bool {
     if input.len() <= LONGEST_UNFINISHED_LINE {
         return true;
     }
@@ -164,14 +224,15 @@ fn may_continue(input: &[u8]) -> bool {
     let verb = &input[spaces..];
     spaces <= 100
         && (verb.starts_with(b"get ") || verb.starts_with(b"gets "))
-        && input.len() <= LONGEST_GET_LINE
+        && input.len() <= longest_get
 }
 
 /// Feeds `data` to a parser in pieces that `data` itself chooses, and asserts that memory stays bounded. For fuzzing.
 #[doc(hidden)]
 pub fn fuzz_server_parser(data: &[u8]) {
     const LARGEST_ITEM: usize = 4_096;
-    let mut parser = Parser::new(LARGEST_ITEM);
+    let manner = Manner::default();
+    let mut parser = Parser::new(LARGEST_ITEM, true);
     let mut input = BytesMut::new();
     let mut rest = data;
     while let Some((&size, tail)) = rest.split_first() {
@@ -180,7 +241,7 @@ pub fn fuzz_server_parser(data: &[u8]) {
         rest = tail;
         loop {
             let before = input.len();
-            match parser.next(&mut input) {
+            match parser.next(&mut input, &manner) {
                 Parsed::Incomplete => break,
                 Parsed::Request(_) => assert!(input.len() <= before, "the parser made up input"),
                 Parsed::Close => return,
@@ -206,13 +267,13 @@ mod tests {
     use super::*;
 
     fn parse_all(pieces: &[&[u8]]) -> (Vec<Request>, usize) {
-        let mut parser = Parser::new(300);
+        let mut parser = Parser::new(300, true);
         let mut input = BytesMut::new();
         let mut requests = Vec::new();
         for piece in pieces {
             input.extend_from_slice(piece);
             loop {
-                match parser.next(&mut input) {
+                match parser.next(&mut input, &Manner::default()) {
                     Parsed::Incomplete => break,
                     Parsed::Request(request) => requests.push(*request),
                     Parsed::Close => return (requests, usize::MAX),
@@ -268,32 +329,35 @@ mod tests {
 
     #[test]
     fn a_huge_length_is_swallowed_without_being_buffered() {
-        let mut parser = Parser::new(1 << 20);
+        let mut parser = Parser::new(1 << 20, true);
         let mut input = BytesMut::from(&b"set k 0 0 2147483645\r\nabc"[..]);
-        assert_eq!(parser.next(&mut input), Parsed::Incomplete);
+        assert_eq!(
+            parser.next(&mut input, &Manner::default()),
+            Parsed::Incomplete
+        );
         assert!(input.is_empty() && parser.awaits_value());
         assert_eq!(parser.missing(0), 0);
     }
 
     #[test]
     fn an_endless_line_closes_unless_it_is_a_multi_get() {
-        let mut parser = Parser::new(1 << 20);
+        let mut parser = Parser::new(1 << 20, true);
         assert_eq!(
-            parser.next(&mut BytesMut::from(&[b'x'; 2_048][..])),
+            parser.next(&mut BytesMut::from(&[b'x'; 2_048][..]), &Manner::default()),
             Parsed::Incomplete
         );
         assert_eq!(
-            parser.next(&mut BytesMut::from(&[b'x'; 2_049][..])),
+            parser.next(&mut BytesMut::from(&[b'x'; 2_049][..]), &Manner::default()),
             Parsed::Close
         );
         let get = [&b"get "[..], &b"k ".repeat(5_000)].concat();
         assert_eq!(
-            parser.next(&mut BytesMut::from(&get[..])),
+            parser.next(&mut BytesMut::from(&get[..]), &Manner::default()),
             Parsed::Incomplete
         );
         let endless = [&b"get "[..], &b"k ".repeat(600_000)].concat();
         assert_eq!(
-            parser.next(&mut BytesMut::from(&endless[..])),
+            parser.next(&mut BytesMut::from(&endless[..]), &Manner::default()),
             Parsed::Close
         );
     }

@@ -6,6 +6,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::command::{Command, MetaStore, Mode, Value};
+use super::manner::Manner;
 use super::meta::Meta;
 use super::parser::{Parsed, Parser};
 use crate::protocol::encode;
@@ -47,10 +48,10 @@ fn parsed(operations: &[Operation]) -> Vec<Command> {
             wire.extend_from_slice(b"\r\n");
         }
     }
-    let mut parser = Parser::new(1 << 20);
+    let mut parser = Parser::new(1 << 20, true);
     let mut commands = Vec::new();
     loop {
-        match parser.next(&mut wire) {
+        match parser.next(&mut wire, &Manner::default()) {
             Parsed::Request(request) => commands.push(request.command),
             Parsed::Incomplete => break,
             Parsed::Close => panic!("the server would close the connection"),
