@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tower_memcached::testing::{Admission, Dialect, Server};
 
@@ -668,4 +668,30 @@ async fn authentication_is_asked_of_new_connections() {
         "user password"
     );
     assert!(!format!("{server:?}").contains("password"));
+}
+
+#[tokio::test]
+async fn a_unix_socket_is_refused_and_accepted_and_removed_like_a_port() {
+    let path = std::env::temp_dir().join(format!("tower-memcached-{}.sock", std::process::id()));
+    let server = Server::new();
+    server.listen_unix(&path).await.expect("a new file");
+    let taken = Server::new().listen_unix(&path).await;
+    assert_eq!(taken.expect_err("it is there").kind(), ErrorKind::AddrInUse);
+    let twice = server.listen().await.expect_err("one place is enough");
+    assert_eq!(twice.kind(), ErrorKind::AddrInUse);
+    assert_eq!(server.address(), None);
+
+    let mut open = UnixStream::connect(&path).await.expect("it listens");
+    ask(&mut open, b"version\r\n", VERSION).await;
+    server.refuse();
+    assert_eq!(rest(&mut open).await.0, b"");
+    let refused = UnixStream::connect(&path).await;
+    let refused = refused.expect_err("nobody listens");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    server.heal().expect("the file can be made again");
+    let mut open = UnixStream::connect(&path).await.expect("it listens");
+    ask(&mut open, b"version\r\n", VERSION).await;
+    drop(server);
+    assert_eq!(rest(&mut open).await.0, b"");
+    assert!(!path.exists());
 }

@@ -15,6 +15,7 @@ mod meta;
 mod parser;
 #[cfg(test)]
 mod round_trip;
+mod socket;
 mod store;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
@@ -29,7 +31,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
@@ -41,12 +43,13 @@ pub use self::manner::Dialect;
 use self::manner::{Credentials, Manner};
 #[doc(hidden)]
 pub use self::parser::fuzz_server_parser;
+use self::socket::{Accepted, Listener, Place};
 use self::store::{Item, Store};
 
 /// An in-process memcached that answers byte for byte like memcached 1.6.18, and fails on demand.
 ///
-/// It serves TCP on the loopback interface ([`listen`](Self::listen)) or any stream ([`serve`](Self::serve)), so it runs
-/// under tokio's paused clock too. All faults are set without `await`, from any thread, and hold at once for open and
+/// It serves TCP on the loopback interface ([`listen`](Self::listen)), a Unix socket
+/// ([`listen_unix`](Self::listen_unix)) or any stream ([`serve`](Self::serve)), so it runs under tokio's paused clock too. All faults are set without `await`, from any thread, and hold at once for open and
 /// future connections.
 ///
 /// Clones are handles of the same server. When the last one is dropped, the listener and all connections are closed.
@@ -138,17 +141,36 @@ impl Server {
     pub async fn listen_on(&self, address: SocketAddr) -> io::Result<SocketAddr> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
+        self.listen_at(Place::Tcp(address), Listener::Tcp(listener))?;
+        Ok(address)
+    }
+
+    /// Listens on a Unix socket that is made at `path`, and serves what connects, in tasks on the current runtime. The
+    /// file is removed when the server is dropped or shut down.
+    ///
+    /// # Errors
+    ///
+    /// When there is a file already, the directory is missing, or the server listens already.
+    pub async fn listen_unix(&self, path: impl AsRef<Path>) -> io::Result<()> {
+        let path = path.as_ref();
+        let listener = Listener::Unix(UnixListener::bind(path)?);
+        let place = Place::Unix(path.to_owned());
+        self.listen_at(place.clone(), listener)
+            .inspect_err(|_| place.remove())
+    }
+
+    fn listen_at(&self, place: Place, listener: Listener) -> io::Result<()> {
         let shared = &self.handle.shared;
         {
             let mut port = lock(&shared.port);
-            if port.address.is_some() {
+            if port.place.is_some() {
                 return Err(io::Error::new(
                     io::ErrorKind::AddrInUse,
                     "this server listens already",
                 ));
             }
             *port = Port {
-                address: Some(address),
+                place: Some(place),
                 runtime: Some(Handle::current()),
                 // Whoever refuses connections before the server listens wants them refused afterwards.
                 listener: (shared.faults.borrow().admission != Admission::Refuse)
@@ -157,12 +179,15 @@ impl Server {
             };
         }
         tokio::spawn(accept_connections(Arc::clone(shared)));
-        Ok(address)
+        Ok(())
     }
 
-    /// Where the server listens, even while it [refuses](Self::refuse) connections; `None` before it ever did.
+    /// Where the server listens on TCP, even while it [refuses](Self::refuse) connections; `None` before it ever did.
     pub fn address(&self) -> Option<SocketAddr> {
-        lock(&self.handle.shared.port).address
+        match &lock(&self.handle.shared.port).place {
+            Some(Place::Tcp(address)) => Some(*address),
+            Some(Place::Unix(_)) | None => None,
+        }
     }
 
     /// Serves one connection over any stream; the future ends when the connection does. It does not keep the server
@@ -230,7 +255,8 @@ impl Server {
             .send_modify(|faults| faults.delay = delay);
     }
 
-    /// Stops listening, so that connects fail with `ECONNREFUSED`, and closes the open connections.
+    /// Stops listening, so that connects fail with `ECONNREFUSED`, and closes the open connections. The file of a Unix
+    /// socket stays.
     pub fn refuse(&self) {
         self.handle
             .shared
@@ -264,13 +290,12 @@ impl Server {
         }
         let shared = &self.handle.shared;
         let mut port = lock(&shared.port);
-        if let (Some(address), Some(runtime), None) = (port.address, &port.runtime, &port.listener)
+        if let (Some(place), Some(runtime), None) = (&port.place, &port.runtime, &port.listener)
             && !shared.faults.borrow().shut_down
         {
-            let listener = std::net::TcpListener::bind(address)?;
-            listener.set_nonblocking(true)?;
-            let _context = runtime.enter();
-            let listener = TcpListener::from_std(listener)?;
+            let context = runtime.enter();
+            let listener = place.listen_again()?;
+            drop(context);
             port.listener = Some(listener);
             if let Some(waker) = port.waker.take() {
                 waker.wake();
@@ -471,7 +496,7 @@ impl fmt::Debug for Server {
         let shared = &self.handle.shared;
         formatter
             .debug_struct("Server")
-            .field("address", &self.address())
+            .field("place", &lock(&shared.port).place)
             .field("open_connections", &self.open_connections())
             .field("faults", &*shared.faults.borrow())
             .finish_non_exhaustive()
@@ -570,9 +595,9 @@ struct Shared {
 /// The listening socket. It lives here and not in the accepting task, so that [`Server::refuse`] closes it at once.
 #[derive(Default)]
 struct Port {
-    address: Option<SocketAddr>,
+    place: Option<Place>,
     runtime: Option<Handle>,
-    listener: Option<TcpListener>,
+    listener: Option<Listener>,
     /// The accepting task's.
     waker: Option<Waker>,
 }
@@ -630,9 +655,14 @@ impl Shared {
     }
 
     fn shut_down(&self) {
-        self.faults.send_modify(|faults| faults.shut_down = true);
+        let first = |faults: &mut Faults| !std::mem::replace(&mut faults.shut_down, true);
+        let first = self.faults.send_if_modified(first);
         let mut port = lock(&self.port);
         port.listener = None;
+        // Only once: somebody else may listen there by then.
+        if let (true, Some(place)) = (first, &port.place) {
+            place.remove();
+        }
         if let Some(waker) = port.waker.take() {
             waker.wake();
         }
@@ -655,7 +685,10 @@ async fn accept_connections(shared: Arc<Shared>) {
         });
         match accepted.await {
             None => return,
-            Some(Ok((stream, _))) => {
+            Some(Ok(Accepted::Unix(stream))) => {
+                tokio::spawn(connection::serve(Arc::clone(&shared), stream, |_| {}));
+            }
+            Some(Ok(Accepted::Tcp(stream))) => {
                 // Replies are written as a whole: waiting for more could only make them late.
                 let _ = stream.set_nodelay(true);
                 let arm_reset = |stream: &TcpStream| {
