@@ -15,6 +15,8 @@ use crate::response::{Found, Response};
 use crate::ttl::Ttl;
 
 pub use crate::testing::fuzz_server_parser as server_parser;
+#[cfg(feature = "classic")]
+pub use crate::transport::fuzz_classic_reply as classic_reply;
 
 const LIMITS: Limits = Limits {
     value: 256,
@@ -136,7 +138,7 @@ fn check(outcome: Result<Response>, replies: &[u8]) {
     }
 }
 
-fn operation(byte: u8) -> Operation {
+pub(crate) fn operation(byte: u8) -> Operation {
     let key = || match Key::new([b'a' + byte % 26]) {
         Ok(key) => key,
         Err(_) => unreachable!("a letter is a key"),

@@ -38,6 +38,12 @@ fn the_reply_parser_survives_its_corpus() {
     replay("reply_parser", fuzzing::reply_parser);
 }
 
+#[cfg(feature = "classic")]
+#[test]
+fn the_classic_wire_survives_its_corpus() {
+    replay("classic_reply", fuzzing::classic_reply);
+}
+
 #[test]
 fn the_server_parser_survives_its_corpus() {
     replay("server_parser", fuzzing::server_parser);

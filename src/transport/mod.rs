@@ -19,6 +19,9 @@ mod protocol;
 mod site;
 
 pub use address::Address;
+#[cfg(all(feature = "classic", feature = "testing"))]
+#[doc(hidden)]
+pub use classic::fuzz_classic_reply;
 pub use connector::{BoxStream, ByteStream, Connecting, Connector, SystemConnector};
 pub use dispatch::{Transport, TransportFuture};
 pub(crate) use observer::{ConnectFailure, Event, Observer};

@@ -60,6 +60,11 @@ impl Link {
         self.sent
     }
 
+    #[cfg(feature = "testing")]
+    pub(super) fn held(&self) -> usize {
+        self.input.capacity()
+    }
+
     pub(super) fn into_stream(self) -> BoxStream {
         self.stream
     }
@@ -173,11 +178,12 @@ impl<'a, 'b> Guard<'a, 'b> {
     /// What the answer failed with.
     pub(super) fn finish(self) -> Result<Check<'b>> {
         let in_step = self.broken.is_none() && self.link.input.is_empty();
+        let broken = self.broken.map(Stopped::Lost);
         let sent = match self.link.sent {
             true => Sent::Maybe,
             false => Sent::No,
         };
-        match self.stopped {
+        match self.stopped.or(broken) {
             Some(Stopped::Short(Stop::Failed { error, spoilt })) => {
                 self.link.dirty = spoilt || !in_step || !self.link.output.is_empty();
                 Err(error)
@@ -217,7 +223,7 @@ impl<'a, 'b> Guard<'a, 'b> {
                 Poll::Ready(Err(error)) => {
                     // A server that closes it may have said why.
                     let _ = self.link.poll_fill(cx);
-                    self.early = true;
+                    self.early |= !self.link.output.is_empty();
                     self.broken = Some(lost("writing failed", error));
                     return Poll::Ready(Ok(()));
                 }
@@ -235,8 +241,9 @@ impl<'a, 'b> Guard<'a, 'b> {
                     if !self.check.refuses(&self.link.input) {
                         continue;
                     }
-                    let message = "it does not take the rest of the request";
-                    Some(Error::new(ErrorKind::ConnectionLost, message).charged_to(Charge::Node))
+                    // The rest of it would be commands. There is no way back from here.
+                    self.link.output = Batch::default();
+                    None
                 }
             };
             return Poll::Ready(Ok(()));

@@ -11,9 +11,15 @@
 
 mod check;
 mod encode;
+#[cfg(feature = "testing")]
+mod fuzz;
 mod guard;
 mod pool;
+#[cfg(any(test, feature = "testing"))]
+mod script;
 mod task;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::fmt;
@@ -26,6 +32,8 @@ use std::task::{Context, Poll};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+#[cfg(feature = "testing")]
+pub use fuzz::fuzz_classic_reply;
 use pool::Shared;
 use task::{Job, Progress};
 

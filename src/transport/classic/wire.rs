@@ -58,6 +58,12 @@ impl Wire {
         self.link.has_sent()
     }
 
+    /// The bytes kept for what is received.
+    #[cfg(feature = "testing")]
+    pub(super) fn held(&self) -> usize {
+        self.link.held()
+    }
+
     pub(super) fn into_stream(self) -> BoxStream {
         self.link.into_stream()
     }
