@@ -501,7 +501,9 @@ impl Engine {
             // What is there is not known, so nothing can be put back.
             Err(_) => return Verdict::Fetch(wanted),
         };
-        wanted.away = lookup.away;
+        // Where the TTL that is left is not told, nothing is kept past its own either.
+        let away = lookup.away || lookup.lease == LeaseState::Unknown;
+        wanted.away = away;
         wanted.sighting.seen = match self.settings().leases && lookup.lease != LeaseState::Unknown {
             true => Seen::Vacancy(lookup.token),
             false => Seen::Unleased(lookup.token),
@@ -518,7 +520,7 @@ impl Engine {
                 .is_at_it(&wanted.key, token, settings.lease_duration()),
             None => false,
         };
-        match freshness::judge(left, self.grace(lookup.away), self.draw_early()) {
+        match freshness::judge(left, self.grace(away), self.draw_early()) {
             Freshness::Fresh => Verdict::Settled(Ok(Some(value))),
             Freshness::Early if may_refresh() => {
                 wanted.fallback = Some(value);

@@ -193,7 +193,10 @@ impl<'a> Check<'a> {
                 Asked::Values(Values::new(std::slice::from_ref(key), false))
             }
             Operation::GetMany { keys } => Asked::Values(Values::new(keys, false)),
-            Operation::Lookup { .. } => return None,
+            Operation::Lookup { key, lease: None } => {
+                Asked::Values(Values::new(std::slice::from_ref(key), true))
+            }
+            Operation::Lookup { lease: Some(_), .. } => return None,
             Operation::Store { mode, .. } => Asked::Store(*mode),
             Operation::CompareAndSwap { .. } => Asked::Swap,
             Operation::Delete { .. } => Asked::Delete,

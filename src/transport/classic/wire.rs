@@ -28,7 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::protocol::{check_value, too_large};
 use crate::request::{Direction, Operation};
-use crate::response::Response;
+use crate::response::{Found, LeaseState, Lookup, Response};
 use crate::transport::BoxStream;
 use crate::value::{CasToken, Value, is_absent};
 
@@ -96,7 +96,7 @@ impl Wire {
         let check = guard.finish()?;
         answer
             .ok()
-            .and_then(|answer| answer.into_response(&check, base))
+            .and_then(|answer| answer.into_response(operation, &check, base))
             .unwrap_or_else(|| {
                 Err(Error::new(
                     ErrorKind::Protocol,
@@ -137,9 +137,7 @@ fn check(operation: &Operation, max_value: usize) -> Result<Check<'_>> {
     }
     match Check::new(operation, max_value) {
         Some(check) => Ok(check),
-        None => {
-            unsupported("the classic protocol has no leases, and does not tell what TTL is left")
-        }
+        None => unsupported("the classic protocol has no leases"),
     }
 }
 
@@ -159,7 +157,7 @@ async fn ask(guard: &mut Guard<'_, '_>, operation: &Operation) -> io::Result<Ans
             with_cas: false,
         }
         | Operation::GetAndTouch { key, .. } => one(Protocol::new(guard).get(key.as_bytes()).await),
-        Operation::Get { key, .. } => {
+        Operation::Get { key, .. } | Operation::Lookup { key, .. } => {
             let gets = Protocol::new(guard).gets_cas(key.as_bytes()).await;
             one(gets.map(|(value, _)| value))
         }
@@ -202,12 +200,21 @@ fn found<T>(outcome: io::Result<T>) -> io::Result<Option<T>> {
 
 impl Answer {
     /// `None` if it is not what the check has seen.
-    fn into_response(self, check: &Check<'_>, base: CasToken) -> Option<Result<Response>> {
+    fn into_response(
+        self,
+        operation: &Operation,
+        check: &Check<'_>,
+        base: CasToken,
+    ) -> Option<Result<Response>> {
         match self {
             Self::Whole(response) => Some(Ok(response)),
             Self::One(data) => {
                 let values = check.values()?;
-                let outcome = value(*values.arrived.first()?, data, base)?;
+                let outcome = found_value(*values.arrived.first()?, data, base)?;
+                if let Operation::Lookup { .. } = operation {
+                    return Some(outcome.map(|found| Response::Found(found.into_lookup())));
+                }
+                let outcome = outcome.map(FoundValue::into_value);
                 // What came after a touch that found nothing was not there to be touched.
                 let there = values.touched() != Some(false);
                 Some(outcome.map(|value| Response::Value(value.filter(|_| there))))
@@ -216,7 +223,9 @@ impl Answer {
                 let values = check.values()?;
                 let mut place = itoa::Buffer::new();
                 let outcomes = values.arrived.iter().enumerate().map(|(index, arrived)| {
-                    value(*arrived, data.remove(place.format(index)), base)
+                    let data = data.remove(place.format(index));
+                    let found = found_value(*arrived, data, base)?;
+                    Some(found.map(FoundValue::into_value))
                 });
                 let outcomes = outcomes.collect::<Option<_>>();
                 outcomes.map(|outcomes| Ok(Response::Values(outcomes)))
@@ -226,18 +235,54 @@ impl Answer {
 }
 
 /// What was asked for at one place, from what the check has seen and what memcache-async has read.
-fn value(arrived: Arrived, data: Option<Vec<u8>>, base: CasToken) -> Option<Result<Option<Value>>> {
+fn found_value(
+    arrived: Arrived,
+    data: Option<Vec<u8>>,
+    base: CasToken,
+) -> Option<Result<FoundValue>> {
     match (arrived, data) {
-        (Arrived::Nothing, None) => Some(Ok(None)),
+        (Arrived::Nothing, None) => Some(Ok(FoundValue::Nothing)),
         (Arrived::TooLarge(length), None) => Some(Err(too_large(length))),
         (Arrived::Value { flags, cas }, Some(data)) => {
-            if is_absent(flags, &data) {
-                return Some(Ok(None));
-            }
             let cas = cas.map(|unique| CasToken { unique, ..base });
-            let value = Value::new(Bytes::from(data), flags);
-            Some(Ok(Some(value.with_cas(cas))))
+            Some(Ok(match is_absent(flags, &data) {
+                true => FoundValue::Absent(cas),
+                false => {
+                    let value = Value::new(Bytes::from(data), flags);
+                    FoundValue::Value(value.with_cas(cas))
+                }
+            }))
         }
         _ => None,
+    }
+}
+
+/// What is under a key.
+enum FoundValue {
+    Nothing,
+    /// It is known that there is no such thing in the database.
+    Absent(Option<CasToken>),
+    Value(Value),
+}
+
+impl FoundValue {
+    fn into_value(self) -> Option<Value> {
+        match self {
+            Self::Nothing | Self::Absent(_) => None,
+            Self::Value(value) => Some(value),
+        }
+    }
+
+    /// What TTL is left is not told, nor whether anybody has a lease.
+    fn into_lookup(self) -> Lookup {
+        let (found, token) = match self {
+            Self::Nothing => (Found::Nothing, None),
+            Self::Absent(token) => (Found::Absent { left: None }, token),
+            Self::Value(value) => {
+                let token = value.cas();
+                (Found::Value { value, left: None }, token)
+            }
+        };
+        Lookup::new(found, token, LeaseState::Unknown)
     }
 }
