@@ -463,8 +463,12 @@ impl<'a> Check<'a> {
         let spoilt = match &self.asked {
             // The value's bytes are commands to it, and each of them gets a reply.
             Asked::Store(_) | Asked::Swap => failure != Failure::Server,
-            // Is it the end of the answer, or does `END` follow?
-            Asked::Values(values) => values.arrived.iter().any(|one| *one != Arrived::Nothing),
+            // Behind a value: is it the end of the answer, or does `END` follow? And twemproxy closes
+            // the connection right behind an error that answers more than one key.
+            Asked::Values(values) => {
+                let begun = values.arrived.iter().any(|one| *one != Arrived::Nothing);
+                begun || values.keys.len() > 1
+            }
             Asked::Stats(stats) => !stats.is_empty(),
             _ => false,
         };

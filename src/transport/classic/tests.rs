@@ -2,7 +2,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::FutureExt as _;
 use futures::executor::block_on;
 use proptest::collection::vec;
@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 
+use super::check::Check;
 use super::script::Script;
 use super::wire::Wire;
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
@@ -592,7 +593,7 @@ fn a_server_that_says_no_is_understood() {
             "SERVER_ERROR Connection refused\r\n",
             Server,
             Sent::Yes,
-            no,
+            yes,
         ),
         // Its value is being run as commands.
         (
@@ -921,13 +922,60 @@ async fn both_halves_of_a_get_and_touch_fit_through_any_pipe() {
 }
 
 #[test]
-fn a_value_is_not_allocated_before_its_length_is_allowed() {
-    // A gigabyte is skipped as it comes; what was announced costs nothing.
-    let outcome = exchange(&get("k"), whole("VALUE k 0 1073741824\r\nxxx"), true);
-    assert_eq!(
-        outcome.error.map(|(kind, ..)| kind),
-        Some(ErrorKind::ConnectionLost)
-    );
+fn a_value_of_a_length_that_is_not_allowed_is_never_announced_to_memcache_async() {
+    for (length, allowed) in [
+        (0, true),
+        (MAX_VALUE as u64, true),
+        (MAX_VALUE as u64 + 1, false),
+        (1 << 30, false),
+    ] {
+        let operation = get("k");
+        let mut check = Check::new(&operation, MAX_VALUE).unwrap();
+        let mut input = BytesMut::from(format!("VALUE k 0 {length}\r\n").as_str());
+        assert!(check.advance(&mut input).unwrap().is_none());
+        assert_eq!(!check.approved().is_empty(), allowed, "{length}");
+        let announced = if allowed { length as usize } else { 0 };
+        assert_eq!(check.data(), announced);
+    }
+}
+
+proptest! {
+    #[test]
+    fn each_value_is_given_to_a_key_it_came_for(
+        asked in vec(0..5_u8, 1..12),
+        answered in vec(any::<(bool, prop::sample::Index)>(), 12),
+    ) {
+        // Some of the places asked for, in any order.
+        let mut places: Vec<_> = (0..asked.len()).filter(|&place| answered[place].0).collect();
+        for (from, (_, to)) in answered.iter().enumerate().take(places.len()) {
+            let to = to.index(places.len());
+            places.swap(from, to);
+        }
+        let mut reply = String::new();
+        for (nth, &place) in places.iter().enumerate() {
+            let key = asked[place];
+            reply += &format!("VALUE k{key} {nth} 2\r\nv{key}\r\n");
+        }
+        reply += "END\r\n";
+        let keys = asked.iter().map(|nth| key(format!("k{nth}"))).collect();
+        let operation = Operation::GetMany { keys };
+        let (script, _) = Script::new(whole(&reply));
+        let mut wire = Wire::new(Box::new(script), MAX_VALUE);
+        let response = block_on(wire.exchange(&operation, base())).unwrap();
+        let Response::Values(outcomes) = response else {
+            panic!("{response:?}");
+        };
+        let mut found: Vec<_> = Vec::new();
+        for (key, outcome) in asked.iter().zip(outcomes) {
+            if let Some(value) = outcome.unwrap() {
+                let expected = format!("v{key}");
+                prop_assert!(value == *expected.as_str());
+                found.push(value.flags() as usize);
+            }
+        }
+        found.sort_unstable();
+        prop_assert_eq!(found, (0..places.len()).collect::<Vec<_>>(), "each of them once");
+    }
 }
 
 #[test]
