@@ -117,7 +117,7 @@ pub use response::{CasOutcome, Found, LeaseState, Lookup, NodeResult, Response};
 pub use shutdown::{ShutdownReport, UnflushedJournal};
 pub use transport::{
     Address, BoxStream, ByteStream, Connecting, Connector, Pipelined, PipelinedFuture,
-    PipelinedSettings, Protocol, SystemConnector, Transport, TransportFuture,
+    PipelinedSettings, Protocol, SocketSettings, SystemConnector, Transport, TransportFuture,
 };
 pub use ttl::Ttl;
 pub use value::{CasToken, Payload, Value};

@@ -146,6 +146,7 @@ fn changed(config: &Value, path: &str) -> Value {
         json!("spymemcached"),
         json!("serve"),
         json!("<name>"),
+        json!({ "nodelay": false }),
         json!({}),
         json!({ "kind": "dedicated" }),
         json!([{ "address": "127.0.0.1:1", "weight": 2 }]),
@@ -180,11 +181,11 @@ fn what_can_be_changed_at_run_time_is_said_of_each_setting() {
     let now = json_of(config.clone());
     for row in rows("setting") {
         let path = code(row["setting"]);
-        // What is in a list, and the parts of an executor, are changed with the whole of it.
-        let whole = match path.split_once("[]") {
-            Some((list, _)) => list,
-            None if path.starts_with("executor.") => "executor",
-            None => path,
+        // What is in a list, and the parts of these, are changed with the whole of it.
+        let whole = match (path.split_once("[]"), path.split_once('.')) {
+            (Some((list, _)), _) => list,
+            (None, Some((whole @ ("executor" | "socket"), _))) => whole,
+            (None, _) => path,
         };
         let next = from_value(changed(&now, whole)).expect("it made sense");
         let outcome = client.reconfigure(next).map_err(|error| error.to_string());

@@ -20,7 +20,7 @@ use crate::read_through::{Engine, LoadLimits, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
 use crate::shutdown::Tracker;
-use crate::transport::{Connector, Parts, Protocol, SystemConnector, Transport};
+use crate::transport::{Connector, Parts, Protocol, SocketSettings, SystemConnector, Transport};
 
 /// Configures and builds a [`Client`]. Nothing is checked, opened or started before
 /// [`build`](Self::build).
@@ -32,7 +32,8 @@ pub struct ClientBuilder<L = Identity, N = Identity> {
     executor: Option<Executor>,
     /// The same.
     load_executor: Option<Executor>,
-    connector: Arc<dyn Connector>,
+    /// Instead of our own.
+    connector: Option<Arc<dyn Connector>>,
     layer: L,
     node_layer: N,
     /// A user's node layer may wait without end, so attempts are timed around it.
@@ -46,7 +47,7 @@ impl ClientBuilder {
             load_timeout: None,
             executor: None,
             load_executor: None,
-            connector: Arc::new(SystemConnector::new()),
+            connector: None,
             layer: Identity::new(),
             node_layer: Identity::new(),
             times_attempts: false,
@@ -306,10 +307,19 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
+    /// Options of TCP sockets: `TCP_NODELAY`, keepalive, the local address. They are those of our own
+    /// connector: building with others than the defaults, and another
+    /// [`connector`](Self::connector), is an error.
+    #[must_use]
+    pub fn socket(mut self, settings: SocketSettings) -> Self {
+        self.config.socket = settings;
+        self
+    }
+
     /// How connections are made; TCP and Unix sockets by default.
     #[must_use]
     pub fn connector(mut self, connector: impl Connector) -> Self {
-        self.connector = Arc::new(connector);
+        self.connector = Some(Arc::new(connector));
         self
     }
 
@@ -393,6 +403,7 @@ impl<L, N> ClientBuilder<L, N> {
             let executor = config.executor.as_ref();
             executor.map_or_else(Executor::default, ExecutorConfig::make)
         });
+        let connector = connector(&config, self.connector)?;
         let spawner = executor.start()?;
 
         let behind = match (&self.load_executor, &config.load_executor) {
@@ -403,7 +414,7 @@ impl<L, N> ClientBuilder<L, N> {
 
         let live = Arc::new(ArcSwap::from_pointee((plan.node, plan.transport)));
         let (node_layer, times_attempts) = (self.node_layer, self.times_attempts);
-        let (connector, nodes_spawner) = (self.connector, spawner.clone());
+        let nodes_spawner = spawner.clone();
         let settings = live.clone();
         let (protocol, pool_size) = (config.protocol, config.pool_size);
         let factory = move |spec: &NodeSpec| {
@@ -473,6 +484,17 @@ impl<L, N> ClientBuilder<L, N> {
         };
         let service = tracker.layering(|| self.layer.layer(cluster));
         Ok(Client::assemble(service, shared))
+    }
+}
+
+fn connector(config: &Config, own: Option<Arc<dyn Connector>>) -> Result<Arc<dyn Connector>> {
+    match own {
+        None => Ok(Arc::new(SystemConnector::with(config.socket.clone())?)),
+        Some(own) if config.socket == SocketSettings::default() => Ok(own),
+        Some(_) => {
+            let why = "cannot be set for another connector";
+            Err(Invalid::new("socket", why).into())
+        }
     }
 }
 

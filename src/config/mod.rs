@@ -49,7 +49,7 @@ use crate::executor::Executor;
 use crate::group::GroupSettings;
 use crate::node::{BreakerSettings, JournalSettings, ProbeSettings};
 use crate::read_through::{LoadLimits, ReadThroughSettings};
-use crate::transport::{PipelinedSettings, Protocol};
+use crate::transport::{PipelinedSettings, Protocol, SocketSettings};
 
 /// What a client is told: see the [builder](crate::ClientBuilder)'s methods of the same names for what
 /// each means, and `docs/CONFIGURATION.md` for all of them in tables: defaults, units, what a wrong one
@@ -87,6 +87,8 @@ pub struct Config {
     /// How long connecting may take; twice the attempt timeout by default.
     #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub connect_timeout: Option<Duration>,
+    /// Options of TCP sockets.
+    pub socket: SocketSettings,
     /// Which protocol nodes are asked in; by default each in the one that it speaks.
     pub protocol: Protocol,
     /// Connections to each node that is asked in the meta protocol; 1 by default.
@@ -147,6 +149,7 @@ impl Default for Config {
             stall_timeout: None,
             connect_timeout: None,
             protocol: Protocol::Auto,
+            socket: SocketSettings::default(),
             connections: transport.connections,
             pool_size: 16,
             max_in_flight: transport.limits.requests,

@@ -87,6 +87,8 @@ impl Config {
         transport.stall_timeout = self.stall_timeout;
         transport.connect_timeout = self.connect_timeout;
         transport.validate()?;
+        let socket = self.socket.validate();
+        socket.map_err(|invalid| invalid.under("socket"))?;
         at_most("connections", self.connections, MOST_CONNECTIONS)?;
         not_zero("pool_size", self.pool_size == 0)?;
         at_most("pool_size", self.pool_size as usize, MOST_CONNECTIONS)?;
@@ -188,6 +190,7 @@ impl Config {
         stays("executor", self.executor == next.executor)?;
         stays("load_executor", self.load_executor == next.load_executor)?;
         stays("ring", self.ring == next.ring)?;
+        stays("socket", self.socket == next.socket)?;
         stays("connections", self.connections == next.connections)?;
         stays("pool_size", self.pool_size == next.pool_size)?;
         stays("protocol", self.protocol == next.protocol)?;

@@ -1,13 +1,15 @@
 //! The seam to the network: how a byte stream to an address is made.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
 
-use super::Address;
+use super::{Address, SocketSettings};
+use crate::error::Result;
 
 /// A byte stream to a server.
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -33,17 +35,26 @@ pub trait Connector: Send + Sync + 'static {
     fn connect(&self, address: &Address) -> Connecting;
 }
 
-/// TCP with `TCP_NODELAY` (requests are batched already, and a delayed small write would wait for
-/// the acknowledgement of the one before), and Unix sockets. Host names are resolved at each connect, and
+/// TCP, with [options](SocketSettings), and Unix sockets. Host names are resolved at each connect, and
 /// their addresses tried one after the other.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SystemConnector(());
+#[derive(Clone, Debug, Default)]
+pub struct SystemConnector(SocketSettings);
 
 impl SystemConnector {
-    /// There is nothing to set.
+    /// With the default options.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// With these options.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if the time of
+    /// keepalive is none that systems take.
+    pub fn with(settings: SocketSettings) -> Result<Self> {
+        settings.validate()?;
+        Ok(Self(settings))
     }
 }
 
@@ -62,10 +73,11 @@ impl Connector for SystemConnector {
             .host_and_port()
             .map(|(host, port)| (host.to_owned(), port))
             .unwrap_or_default();
+        let settings = self.0.clone();
         Box::pin(async move {
-            let addresses: Vec<_> = lookup_host((host.as_str(), port)).await?.collect();
-            let stream = first_to_connect(addresses).await?;
-            stream.set_nodelay(true)?;
+            let addresses = lookup_host((host.as_str(), port)).await?;
+            let addresses = settings.reachable(addresses)?;
+            let stream = first_to_connect(&settings, addresses).await?;
             Ok(Box::new(stream) as BoxStream)
         })
     }
@@ -73,7 +85,10 @@ impl Connector for SystemConnector {
 
 /// Tries the addresses in order: the next one as soon as one fails, or is slow, without giving
 /// the slow one up.
-async fn first_to_connect(addresses: Vec<std::net::SocketAddr>) -> io::Result<TcpStream> {
+async fn first_to_connect(
+    settings: &SocketSettings,
+    addresses: Vec<SocketAddr>,
+) -> io::Result<TcpStream> {
     use futures::StreamExt as _;
     use futures::stream::FuturesUnordered;
 
@@ -82,7 +97,7 @@ async fn first_to_connect(addresses: Vec<std::net::SocketAddr>) -> io::Result<Tc
     let mut trying = FuturesUnordered::new();
     loop {
         match left.next() {
-            Some(address) => trying.push(TcpStream::connect(address)),
+            Some(address) => trying.push(settings.connect(address)),
             None if trying.is_empty() => return Err(failure),
             None => {}
         }

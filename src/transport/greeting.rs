@@ -150,8 +150,10 @@ fn dial_failure(error: io::Error) -> Failure {
     let failure = match error.kind() {
         io::ErrorKind::ConnectionRefused => ConnectFailure::Refused,
         io::ErrorKind::TimedOut => ConnectFailure::TimedOut,
-        // No free local port.
-        io::ErrorKind::AddrNotAvailable | io::ErrorKind::OutOfMemory => ConnectFailure::Ours,
+        // No free local port, with a bind address or without; or that address is not ours.
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse | io::ErrorKind::OutOfMemory => {
+            ConnectFailure::Ours
+        }
         // ENFILE, EMFILE: too many open files.
         _ if cfg!(unix) && matches!(error.raw_os_error(), Some(23 | 24)) => ConnectFailure::Ours,
         _ => ConnectFailure::Other,

@@ -17,6 +17,7 @@ mod observer;
 mod pipelined;
 mod protocol;
 mod site;
+mod socket;
 
 pub use address::Address;
 #[cfg(all(feature = "classic", feature = "testing"))]
@@ -28,3 +29,4 @@ pub(crate) use observer::{ConnectFailure, Event, Observer};
 pub use pipelined::{Pipelined, PipelinedFuture, PipelinedSettings};
 pub use protocol::Protocol;
 pub(crate) use site::Parts;
+pub use socket::SocketSettings;

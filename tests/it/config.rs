@@ -6,7 +6,7 @@ use std::time::Duration;
 use tower_memcached::{
     BreakerSettings, Client, Config, ErrorKind, ExecutorConfig, FailureMode, GroupSettings,
     JournalOverflow, JournalSettings, LoadLimits, NodeConfig, ProbeSettings, ReadThroughSettings,
-    RetryBudget, Ring,
+    RetryBudget, Ring, SocketSettings,
 };
 
 const fn ms(milliseconds: u64) -> Duration {
@@ -60,6 +60,13 @@ fn group() -> GroupSettings {
         .nodes(["10.0.0.9", "[::1]:11212"])
 }
 
+fn socket() -> SocketSettings {
+    SocketSettings::default()
+        .nodelay(false)
+        .keepalive(Duration::from_secs(45))
+        .bind([127, 0, 0, 1].into())
+}
+
 /// Nothing in it is as by default.
 fn everything() -> Config {
     let mut config = Config::default();
@@ -71,6 +78,7 @@ fn everything() -> Config {
     config.attempt_timeout = Duration::from_micros(25_500);
     config.stall_timeout = Some(ms(70));
     config.connect_timeout = Some(ms(60));
+    config.socket = socket();
     config.connections = 2;
     config.max_in_flight = 1_000;
     config.max_value_size = 2_000;
@@ -129,6 +137,7 @@ fn a_builders_methods_say_what_a_config_says() {
         .attempt_timeout(config.attempt_timeout)
         .stall_timeout(ms(70))
         .connect_timeout(ms(60))
+        .socket(socket())
         .connections(2)
         .max_in_flight(1_000)
         .max_value_size(2_000)
@@ -192,6 +201,9 @@ fn each_setting_that_makes_no_sense_is_refused_by_its_path() {
         }),
         ("connect_timeout", |config| {
             config.connect_timeout = Some(Duration::ZERO)
+        }),
+        ("socket.keepalive", |config| {
+            config.socket = SocketSettings::default().keepalive(ms(999));
         }),
         ("connections", |config| {
             (config.connections, config.hedged_gets) = (0, false)

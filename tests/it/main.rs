@@ -4,6 +4,7 @@
 
 mod claims;
 mod config;
+mod connectors;
 mod deadlines;
 mod failure_modes;
 mod fallback;
