@@ -3,9 +3,14 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::fmt;
+use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getuid, kill_process, waitid};
@@ -16,7 +21,7 @@ const ATTEMPTS: u32 = 5;
 const POLLS: u32 = 1_000;
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// A real memcached process on a port of 127.0.0.1, killed when this is dropped.
+/// A real memcached process on a port of 127.0.0.1, or on a Unix socket, killed when this is dropped.
 ///
 /// The binary is `memcached` from the `PATH`, or what the environment variable `MEMCACHED` names. All methods block
 /// for a short while; they are for tests.
@@ -35,9 +40,53 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// ```
 #[derive(Debug)]
 pub struct Memcached {
-    arguments: Vec<String>,
-    port: u16,
+    command: Listening,
     process: Child,
+}
+
+/// How a [`Memcached`] is to be started. What it needs as files is written to a directory that only this user may
+/// read, and removed with the process.
+///
+/// ```no_run
+/// use tower_memcached::testing::Memcached;
+///
+/// # fn main() -> std::io::Result<()> {
+/// let memcached = Memcached::builder()
+///     .unix_socket()
+///     .authentication("user", "password")
+///     .spawn()?;
+/// assert!(memcached.address().starts_with("unix:/"));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Default)]
+pub struct MemcachedBuilder {
+    arguments: Vec<String>,
+    unix_socket: bool,
+    users: Vec<(String, String)>,
+    tls: Option<Tls>,
+}
+
+#[derive(Clone)]
+struct Tls {
+    certificates: String,
+    key: String,
+    client_ca: Option<String>,
+}
+
+/// All that is needed to start it once more.
+#[derive(Debug)]
+struct Listening {
+    arguments: Vec<String>,
+    place: Place,
+    tls: bool,
+    files: Option<Files>,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Port(u16),
+    Socket(PathBuf),
 }
 
 /// There is no memcached to be started; the source of the error of [`Memcached::spawn`].
@@ -47,30 +96,102 @@ pub struct NotInstalled {
     binary: OsString,
 }
 
-impl Memcached {
-    /// Starts memcached with these arguments on a free port of 127.0.0.1, without UDP, and waits until it answers. As
-    /// root, it also gets `-u root`, without which it refuses to run.
+impl MemcachedBuilder {
+    /// Adds arguments, as on the command line.
+    #[must_use]
+    pub fn arguments(mut self, arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|&argument| argument.to_owned());
+        self.arguments.extend(arguments);
+        self
+    }
+
+    /// Listens on a Unix socket (`-s`) instead of a port.
+    #[must_use]
+    pub fn unix_socket(mut self) -> Self {
+        self.unix_socket = true;
+        self
+    }
+
+    /// Adds a user whose password it asks for on each connection (`-Y`).
+    #[must_use]
+    pub fn authentication(mut self, user: &str, password: &str) -> Self {
+        self.users.push((user.to_owned(), password.to_owned()));
+        self
+    }
+
+    /// Speaks TLS (`-Z`), with this chain of certificates and this key, both as PEM. On a port only: memcached
+    /// speaks none on Unix sockets.
+    #[must_use]
+    pub fn tls(mut self, certificates: &str, key: &str) -> Self {
+        self.tls = Some(Tls {
+            certificates: certificates.to_owned(),
+            key: key.to_owned(),
+            client_ca: None,
+        });
+        self
+    }
+
+    /// Demands a certificate of its clients, signed by one of these, as PEM. Has no effect before
+    /// [`tls`](Self::tls) is called.
+    #[must_use]
+    pub fn client_ca(mut self, certificates: &str) -> Self {
+        if let Some(tls) = &mut self.tls {
+            tls.client_ca = Some(certificates.to_owned());
+        }
+        self
+    }
+
+    /// Starts it, and waits until it answers.
     ///
     /// # Errors
     ///
-    /// [`NotInstalled`], as an error of kind [`io::ErrorKind::NotFound`], when there is no memcached; otherwise when it
-    /// exits at once or does not answer within 10 seconds.
-    pub fn spawn(arguments: &[&str]) -> io::Result<Self> {
-        let arguments: Vec<String> = arguments
-            .iter()
-            .map(|&argument| argument.to_owned())
-            .collect();
+    /// As [`Memcached::spawn`]; and when its files cannot be written, or a Unix socket is to speak TLS.
+    pub fn spawn(self) -> io::Result<Memcached> {
+        if self.unix_socket && self.tls.is_some() {
+            let why = "memcached does not speak TLS on Unix sockets";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let mut arguments = self.arguments;
+        let speaks_tls = |argument: &String| argument == "-Z" || argument == "--enable-ssl";
+        let mut command = Listening {
+            tls: self.tls.is_some() || arguments.iter().any(speaks_tls),
+            arguments: Vec::new(),
+            place: Place::Port(0),
+            files: None,
+        };
+        if self.unix_socket || self.tls.is_some() || !self.users.is_empty() {
+            let files = Files::new()?;
+            if self.unix_socket {
+                command.place = Place::Socket(files.path("s"));
+            }
+            if !self.users.is_empty() {
+                let line = |(user, password): &(String, String)| format!("{user}:{password}\n");
+                let users: String = self.users.iter().map(line).collect();
+                arguments.extend(["-Y".to_owned(), files.write("users", &users)?]);
+            }
+            if let Some(tls) = &self.tls {
+                let mut options = format!(
+                    "ssl_chain_cert={},ssl_key={}",
+                    files.write("chain", &tls.certificates)?,
+                    files.write("key", &tls.key)?
+                );
+                if let Some(ca) = &tls.client_ca {
+                    let ca = files.write("ca", ca)?;
+                    // 2: a client without a certificate is refused.
+                    options += &format!(",ssl_ca_cert={ca},ssl_verify_mode=2");
+                }
+                arguments.extend(["-Z".to_owned(), "-o".to_owned(), options]);
+            }
+            command.files = Some(files);
+        }
+        command.arguments = arguments;
         let mut attempt = 1;
         loop {
-            let port = free_port()?;
-            match start(&arguments, port) {
-                Ok(process) => {
-                    return Ok(Self {
-                        arguments,
-                        port,
-                        process,
-                    });
-                }
+            if let Place::Port(port) = &mut command.place {
+                *port = free_port()?;
+            }
+            match command.start() {
+                Ok(process) => return Ok(Memcached { command, process }),
                 Err(error) if error.kind() == io::ErrorKind::NotFound || attempt == ATTEMPTS => {
                     return Err(error);
                 }
@@ -79,15 +200,55 @@ impl Memcached {
             }
         }
     }
+}
 
-    /// Where it listens, as `127.0.0.1:port`.
-    pub fn address(&self) -> String {
-        self.socket_address().to_string()
+/// Passwords and keys are nobody's business.
+impl fmt::Debug for MemcachedBuilder {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("MemcachedBuilder")
+            .field("arguments", &self.arguments)
+            .field("unix_socket", &self.unix_socket)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Memcached {
+    /// Starts memcached with these arguments on a free port of 127.0.0.1, without UDP, and waits until it answers. As
+    /// root, it also gets `-u root`, without which it refuses to run. A [`builder`](Self::builder) can do more.
+    ///
+    /// # Errors
+    ///
+    /// [`NotInstalled`], as an error of kind [`io::ErrorKind::NotFound`], when there is no memcached; otherwise when it
+    /// exits at once or does not answer within 10 seconds.
+    pub fn spawn(arguments: &[&str]) -> io::Result<Self> {
+        Self::builder().arguments(arguments).spawn()
     }
 
-    /// Where it listens.
+    /// To be started on a Unix socket, with TLS, or with users and passwords.
+    #[must_use]
+    pub fn builder() -> MemcachedBuilder {
+        MemcachedBuilder::default()
+    }
+
+    /// Where it listens, as a client is told: `127.0.0.1:port` or `unix:/path`.
+    pub fn address(&self) -> String {
+        match &self.command.place {
+            Place::Port(port) => SocketAddr::from((Ipv4Addr::LOCALHOST, *port)).to_string(),
+            Place::Socket(path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    /// The port where it listens.
+    ///
+    /// # Panics
+    ///
+    /// When it listens on a Unix socket.
     pub fn socket_address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
+        match self.command.place {
+            Place::Port(port) => SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            Place::Socket(_) => panic!("it listens on a Unix socket"),
+        }
     }
 
     /// The process id. It is stale after [`kill`](Self::kill).
@@ -129,7 +290,7 @@ impl Memcached {
         self.process.wait().map(drop)
     }
 
-    /// Kills it if need be, and starts an empty one on the same port.
+    /// Kills it if need be, and starts an empty one in the same place.
     ///
     /// # Errors
     ///
@@ -138,7 +299,7 @@ impl Memcached {
         self.kill()?;
         let mut attempt = 1;
         self.process = loop {
-            match start(&self.arguments, self.port) {
+            match self.command.start() {
                 Ok(process) => break process,
                 Err(error) if attempt == ATTEMPTS => return Err(error),
                 Err(_) => pause(PAUSE * 10 * attempt),
@@ -194,60 +355,125 @@ fn free_port() -> io::Result<u16> {
         .port())
 }
 
-/// Starts a process and waits until it answers.
-fn start(arguments: &[String], port: u16) -> io::Result<Child> {
-    let binary = std::env::var_os("MEMCACHED").unwrap_or_else(|| "memcached".into());
-    let mut command = Command::new(&binary);
-    command
-        .args(arguments)
-        .args(["-l", "127.0.0.1", "-U", "0", "-p", &port.to_string()]);
-    if getuid().is_root() {
-        command.args(["-u", "root"]);
-    }
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let mut process = command.spawn().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => io::Error::new(error.kind(), NotInstalled { binary }),
-        _ => error,
-    })?;
-    let outcome = wait_until_it_answers(&mut process, port);
-    if outcome.is_err() {
-        let _ = process.kill();
-        let _ = process.wait();
-    }
-    outcome.map(|()| process)
-}
-
-fn wait_until_it_answers(process: &mut Child, port: u16) -> io::Result<()> {
-    for _ in 0..POLLS {
-        if let Some(status) = process.try_wait()? {
-            return Err(io::Error::other(format!(
-                "memcached on port {port} ended with {status} before it answered"
-            )));
+impl Listening {
+    /// Starts a process and waits until it answers.
+    fn start(&self) -> io::Result<Child> {
+        let binary = std::env::var_os("MEMCACHED").unwrap_or_else(|| "memcached".into());
+        let mut command = Command::new(&binary);
+        command.args(&self.arguments);
+        match &self.place {
+            Place::Port(port) => {
+                command.args(["-l", "127.0.0.1", "-U", "0", "-p", &port.to_string()])
+            }
+            Place::Socket(path) => command.arg("-s").arg(path),
+        };
+        if getuid().is_root() {
+            command.args(["-u", "root"]);
         }
-        if answers(port).is_ok() {
-            // If the port was taken, whoever took it has answered, and our process is about to end.
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut process = command.spawn().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => io::Error::new(error.kind(), NotInstalled { binary }),
+            _ => error,
+        })?;
+        let outcome = self.wait_until_it_answers(&mut process);
+        if outcome.is_err() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        outcome.map(|()| process)
+    }
+
+    fn wait_until_it_answers(&self, process: &mut Child) -> io::Result<()> {
+        for _ in 0..POLLS {
+            if let Some(status) = process.try_wait()? {
+                let message = format!("memcached ended with {status} before it answered");
+                return Err(io::Error::other(message));
+            }
+            if self.answers().is_ok() {
+                // If the port was taken, whoever took it has answered, and our process is about to end.
+                pause(PAUSE);
+                if process.try_wait()?.is_none() {
+                    return Ok(());
+                }
+            }
             pause(PAUSE);
-            if process.try_wait()?.is_none() {
-                return Ok(());
+        }
+        let message = "memcached does not answer";
+        Err(io::Error::new(io::ErrorKind::TimedOut, message))
+    }
+
+    fn answers(&self) -> io::Result<()> {
+        let patience = Some(Duration::from_secs(1));
+        match &self.place {
+            Place::Port(port) => {
+                let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, *port))?;
+                stream.set_read_timeout(patience)?;
+                answers(stream, self.tls)
+            }
+            Place::Socket(path) => {
+                let stream = UnixStream::connect(path)?;
+                stream.set_read_timeout(patience)?;
+                answers(stream, self.tls)
             }
         }
-        pause(PAUSE);
     }
-    Err(io::Error::new(
-        io::ErrorKind::TimedOut,
-        format!("memcached on port {port} does not answer"),
-    ))
 }
 
-fn answers(port: u16) -> io::Result<()> {
-    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+fn answers(mut stream: impl Read + Write, tls: bool) -> io::Result<()> {
     // Whatever it answers, it is up: with authentication on, even `version` is refused.
     stream.write_all(b"version\r\n")?;
-    stream.read_exact(&mut [0; 5])
+    match stream.read_exact(&mut [0; 5]) {
+        // That was not TLS, so it hangs up: with that, an alert, or nothing at all.
+        Err(error) if tls && !is_timeout(&error) => Ok(()),
+        answered => answered,
+    }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    let timeouts = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut];
+    timeouts.contains(&error.kind())
+}
+
+/// A directory of this user's own, removed when this is dropped.
+#[derive(Debug)]
+struct Files(PathBuf);
+
+impl Files {
+    fn new() -> io::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        loop {
+            // Short, for the path of a Unix socket has 107 bytes at most.
+            let next = NEXT.fetch_add(1, Ordering::Relaxed);
+            let name = format!("tm-{}-{next}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self(path)),
+                // Of a process that had our id before.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn write(&self, name: &str, content: &str) -> io::Result<String> {
+        let path = self.path(name);
+        fs::write(&path, content)?;
+        Ok(path.display().to_string())
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // There is nobody left to tell of a failure.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 #[expect(
@@ -295,6 +521,28 @@ mod tests {
         assert_eq!(memcached.address(), address);
         assert_ne!(memcached.pid(), killed);
         memcached.stop().expect("it stops");
+    }
+
+    #[test]
+    fn on_a_unix_socket_it_leaves_nothing_behind() {
+        let builder = Memcached::builder().unix_socket();
+        let mut memcached = builder
+            .authentication("user", "pass")
+            .spawn()
+            .expect("it starts");
+        let address = memcached.address();
+        let path = PathBuf::from(address.strip_prefix("unix:").expect("a Unix socket"));
+        memcached.kill().expect("it is killed");
+        assert!(UnixStream::connect(&path).is_err(), "nobody should listen");
+        memcached.restart().expect("it restarts");
+        assert_eq!(memcached.address(), address);
+        let mut stream = UnixStream::connect(&path).expect("it listens");
+        stream.write_all(b"mn\r\n").expect("it reads");
+        let mut refusal = [0; 12];
+        stream.read_exact(&mut refusal).expect("it answers");
+        assert_eq!(&refusal, b"CLIENT_ERROR");
+        drop(memcached);
+        assert!(!path.parent().expect("a directory").exists());
     }
 
     #[test]

@@ -10,8 +10,8 @@
 //!   direction, narrows the bandwidth, cuts the stream into slices, corrupts it, closes half of it, or resets it, at run
 //!   time and without either side's help. Use it for what no server does: replies that are lost after the write was
 //!   executed, writes that arrive long after their client gave up, the end of one direction only.
-//! - [`Memcached`] is a real memcached process on a free port of the loopback interface, which can be stopped,
-//!   continued, killed and restarted. Use it to learn whether memcached itself behaves as you think.
+//! - [`Memcached`] is a real memcached process on a free port of the loopback interface, or a Unix socket, with TLS or
+//!   passwords if need be, which can be stopped, continued, killed and restarted. Use it to learn whether memcached itself behaves as you think.
 //!
 //! A chaos test runs the calls under test, changes the faults of the [`Server`] or the [`Proxy`] in between, and asserts
 //! what must always hold: every call ends in time, a miss or a fallback rather than somebody else's value, and full
@@ -101,7 +101,7 @@ mod memcached;
 mod proxy;
 mod server;
 
-pub use self::memcached::{Memcached, NotInstalled};
+pub use self::memcached::{Memcached, MemcachedBuilder, NotInstalled};
 pub use self::proxy::{Ending, Flow, Proxy, Toxics};
 #[doc(hidden)]
 pub use self::server::fuzz_server_parser;
