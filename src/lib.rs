@@ -57,6 +57,7 @@
 //!
 //! - `testing`: an in-process memcached with run-time faults, a TCP proxy with toxics, and control
 //!   of real memcached processes, for tests.
+//! - `tls`: connections over TLS, by rustls ([`ClientBuilder::tls`]).
 //! - `serde`: [`Config`] and the settings in it as data, for a service's own TOML or YAML.
 //!
 //! `docs/CONFIGURATION.md` has every setting.
@@ -115,9 +116,12 @@ pub use read_through::{
 pub use request::{Direction, LeaseTerms, Operation, Request, StoreMode};
 pub use response::{CasOutcome, Found, LeaseState, Lookup, NodeResult, Response};
 pub use shutdown::{ShutdownReport, UnflushedJournal};
+#[cfg(feature = "tls")]
+pub use transport::TlsConnector;
 pub use transport::{
     Address, BoxStream, ByteStream, Connecting, Connector, Pipelined, PipelinedFuture,
-    PipelinedSettings, Protocol, SocketSettings, SystemConnector, Transport, TransportFuture,
+    PipelinedSettings, Protocol, SocketSettings, SystemConnector, TlsSettings, Transport,
+    TransportFuture,
 };
 pub use ttl::Ttl;
 pub use value::{CasToken, Payload, Value};

@@ -20,7 +20,11 @@ use crate::read_through::{Engine, LoadLimits, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::Response;
 use crate::shutdown::Tracker;
-use crate::transport::{Connector, Parts, Protocol, SocketSettings, SystemConnector, Transport};
+#[cfg(feature = "tls")]
+use crate::transport::TlsConnector;
+use crate::transport::{
+    Connector, Parts, Protocol, SocketSettings, SystemConnector, TlsSettings, Transport,
+};
 
 /// Configures and builds a [`Client`]. Nothing is checked, opened or started before
 /// [`build`](Self::build).
@@ -165,7 +169,7 @@ impl<L, N> ClientBuilder<L, N> {
     }
 
     /// How long connecting may take, up to the server's first answer; twice the attempt timeout by
-    /// default.
+    /// default, with TLS 250 ms ([`TlsSettings::connect_timeout`], which goes over this).
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.config.connect_timeout = Some(timeout);
@@ -313,6 +317,15 @@ impl<L, N> ClientBuilder<L, N> {
     #[must_use]
     pub fn socket(mut self, settings: SocketSettings) -> Self {
         self.config.socket = settings;
+        self
+    }
+
+    /// Encrypts connections, those of probes too, whatever makes them: it goes around a
+    /// [`connector`](Self::connector) as well. Needs the feature `tls`, without which building is an
+    /// error. Certificates are read then, so that [`build`](Self::build) blocks for a moment.
+    #[must_use]
+    pub fn tls(mut self, settings: TlsSettings) -> Self {
+        self.config.tls = Some(settings);
         self
     }
 
@@ -487,15 +500,21 @@ impl<L, N> ClientBuilder<L, N> {
     }
 }
 
+/// That of the user's or ours, with TLS around it if need be.
 fn connector(config: &Config, own: Option<Arc<dyn Connector>>) -> Result<Arc<dyn Connector>> {
-    match own {
-        None => Ok(Arc::new(SystemConnector::with(config.socket.clone())?)),
-        Some(own) if config.socket == SocketSettings::default() => Ok(own),
+    let connector = match own {
+        None => Arc::new(SystemConnector::with(config.socket.clone())?),
+        Some(own) if config.socket == SocketSettings::default() => own,
         Some(_) => {
             let why = "cannot be set for another connector";
-            Err(Invalid::new("socket", why).into())
+            return Err(Invalid::new("socket", why).into());
         }
+    };
+    #[cfg(feature = "tls")]
+    if let Some(tls) = &config.tls {
+        return Ok(Arc::new(TlsConnector::over(connector, tls)?));
     }
+    Ok(connector)
 }
 
 impl<L, N> fmt::Debug for ClientBuilder<L, N> {

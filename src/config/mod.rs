@@ -49,7 +49,7 @@ use crate::executor::Executor;
 use crate::group::GroupSettings;
 use crate::node::{BreakerSettings, JournalSettings, ProbeSettings};
 use crate::read_through::{LoadLimits, ReadThroughSettings};
-use crate::transport::{PipelinedSettings, Protocol, SocketSettings};
+use crate::transport::{PipelinedSettings, Protocol, SocketSettings, TlsSettings};
 
 /// What a client is told: see the [builder](crate::ClientBuilder)'s methods of the same names for what
 /// each means, and `docs/CONFIGURATION.md` for all of them in tables: defaults, units, what a wrong one
@@ -84,11 +84,14 @@ pub struct Config {
     /// attempt timeout by default.
     #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub stall_timeout: Option<Duration>,
-    /// How long connecting may take; twice the attempt timeout by default.
+    /// How long connecting may take; twice the attempt timeout by default, with TLS 250 ms.
     #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub connect_timeout: Option<Duration>,
     /// Options of TCP sockets.
     pub socket: SocketSettings,
+    /// Encryption; none by default. Needs the feature `tls`: without it, building a client with this
+    /// is an error.
+    pub tls: Option<TlsSettings>,
     /// Which protocol nodes are asked in; by default each in the one that it speaks.
     pub protocol: Protocol,
     /// Connections to each node that is asked in the meta protocol; 1 by default.
@@ -150,6 +153,7 @@ impl Default for Config {
             connect_timeout: None,
             protocol: Protocol::Auto,
             socket: SocketSettings::default(),
+            tls: None,
             connections: transport.connections,
             pool_size: 16,
             max_in_flight: transport.limits.requests,

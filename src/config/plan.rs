@@ -7,7 +7,7 @@ use crate::cluster::{ClusterSettings, GroupRoute, NodeSpec};
 use crate::error::{Invalid, not_zero};
 use crate::group::GroupSettings;
 use crate::node::NodeSettings;
-use crate::transport::{PipelinedSettings, Protocol};
+use crate::transport::{PipelinedSettings, Protocol, TlsSettings};
 
 /// More are a mistake.
 const MOST_CONNECTIONS: usize = 1_024;
@@ -85,10 +85,12 @@ impl Config {
             .max_requests(self.max_in_flight)
             .max_value_size(self.max_value_size);
         transport.stall_timeout = self.stall_timeout;
-        transport.connect_timeout = self.connect_timeout;
+        let tls_timeout = self.tls.as_ref().and_then(|tls| tls.connect_timeout);
+        transport.connect_timeout = tls_timeout.or(self.connect_timeout);
         transport.validate()?;
         let socket = self.socket.validate();
         socket.map_err(|invalid| invalid.under("socket"))?;
+        self.tls.as_ref().map_or(Ok(()), TlsSettings::validate)?;
         at_most("connections", self.connections, MOST_CONNECTIONS)?;
         not_zero("pool_size", self.pool_size == 0)?;
         at_most("pool_size", self.pool_size as usize, MOST_CONNECTIONS)?;
@@ -191,6 +193,7 @@ impl Config {
         stays("load_executor", self.load_executor == next.load_executor)?;
         stays("ring", self.ring == next.ring)?;
         stays("socket", self.socket == next.socket)?;
+        stays("tls", self.tls == next.tls)?;
         stays("connections", self.connections == next.connections)?;
         stays("pool_size", self.pool_size == next.pool_size)?;
         stays("protocol", self.protocol == next.protocol)?;

@@ -31,8 +31,17 @@ pub type Connecting = BoxFuture<'static, io::Result<BoxStream>>;
 /// have a runtime of one thread each, where `tokio::task::block_in_place` panics. One connect at a time is made for each connection of a node.
 pub trait Connector: Send + Sync + 'static {
     /// Starts connecting. An error counts against the node, except those that are this machine's
-    /// own: too many open files, no free ports.
+    /// own (too many open files, no free ports), and one of the kind
+    /// [`ResourceBusy`](io::ErrorKind::ResourceBusy): the server is there, and has all the connections
+    /// that it can take.
     fn connect(&self, address: &Address) -> Connecting;
+
+    /// How long connecting by this may take, up to the server's first answer, where the client is told
+    /// no [connect timeout](crate::ClientBuilder::connect_timeout); `None`, by default, is twice the
+    /// attempt timeout. For what needs more round trips than a TCP connect, such as TLS.
+    fn connect_timeout(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// TCP, with [options](SocketSettings), and Unix sockets. Host names are resolved at each connect, and

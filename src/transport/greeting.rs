@@ -154,6 +154,7 @@ fn dial_failure(error: io::Error) -> Failure {
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse | io::ErrorKind::OutOfMemory => {
             ConnectFailure::Ours
         }
+        io::ErrorKind::ResourceBusy => ConnectFailure::Full,
         // ENFILE, EMFILE: too many open files.
         _ if cfg!(unix) && matches!(error.raw_os_error(), Some(23 | 24)) => ConnectFailure::Ours,
         _ => ConnectFailure::Other,

@@ -80,7 +80,10 @@ impl Lingering {
             Ok(()) => true,
             Err(error) => matches!(
                 error.kind(),
-                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                // The last is an end without TLS's own farewell.
+                io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::BrokenPipe
+                    | io::ErrorKind::UnexpectedEof
             ),
         };
     }

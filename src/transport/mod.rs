@@ -18,6 +18,7 @@ mod pipelined;
 mod protocol;
 mod site;
 mod socket;
+mod tls;
 
 pub use address::Address;
 #[cfg(all(feature = "classic", feature = "testing"))]
@@ -30,3 +31,6 @@ pub use pipelined::{Pipelined, PipelinedFuture, PipelinedSettings};
 pub use protocol::Protocol;
 pub(crate) use site::Parts;
 pub use socket::SocketSettings;
+#[cfg(feature = "tls")]
+pub use tls::TlsConnector;
+pub use tls::TlsSettings;

@@ -66,7 +66,7 @@ impl Site {
         let site = Self {
             name: parts.name,
             address: parts.address,
-            settings: ArcSwap::from_pointee(parts.settings),
+            settings: ArcSwap::from_pointee(parts.settings.over(&*parts.connector)),
             protocol: parts.protocol,
             spoken: parts.spoken,
             connector: parts.connector,
@@ -99,6 +99,12 @@ impl Site {
             true => Ok(connected),
             false => Err(other_protocol()),
         }
+    }
+
+    /// Other settings from now on.
+    pub(super) fn apply(&self, settings: PipelinedSettings) {
+        let settings = settings.over(&*self.connector);
+        self.settings.store(Arc::new(settings));
     }
 
     pub(super) fn newest(&self) -> u32 {

@@ -1,15 +1,19 @@
-//! How a memcached is reached: options of sockets.
+//! How a memcached is reached: options of sockets, Unix sockets, TLS.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tower_memcached::testing::Server;
+use tokio::time::{Instant, sleep};
+use tower_memcached::testing::{Memcached, Server};
 use tower_memcached::{
-    BreakerState, Client, ClientBuilder, ErrorKind, Executor, SocketSettings, SystemConnector, Ttl,
+    BreakerState, Client, ClientBuilder, ErrorKind, Executor, Outcome, ProbeSettings,
+    SocketSettings, SystemConnector, Ttl,
 };
 
-use std::time::Duration;
+use crate::support::{PATIENCE, until_closed, until_open};
 
 /// A client whose timeouts a busy machine does not reach by itself.
 fn patient(node: impl AsRef<str>) -> ClientBuilder {
@@ -80,4 +84,72 @@ fn options_of_sockets_and_a_connector_of_ones_own_exclude_each_other() {
     let error = built.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
     assert!(error.to_string().contains("socket: "), "{error}");
+}
+
+/// Reads, writes, large and many of them: what any connection has to carry.
+async fn is_of_use(client: &Client) {
+    let small: Vec<_> = (0..200).map(|n| format!("key-{n}")).collect();
+    for key in &small {
+        client.set(key, key.clone(), Ttl::NEVER).await.unwrap();
+    }
+    let many = client.get_many(&small).await;
+    for (key, outcome) in small.iter().zip(many.outcomes()) {
+        assert!(
+            matches!(outcome, Outcome::Hit(value) if *value == key.as_str()),
+            "{key}: {outcome:?}"
+        );
+    }
+    let large: Vec<_> = (0..8_u8)
+        .map(|n| vec![n; (1 << 20) - 1000 * usize::from(n) - 512])
+        .collect();
+    let keys: Vec<_> = (0..large.len()).map(|n| format!("large-{n}")).collect();
+    let sets = keys.iter().zip(&large);
+    let sets = sets.map(|(key, value)| client.set(key, value.clone(), Ttl::NEVER));
+    for stored in join_all(sets).await {
+        stored.unwrap();
+    }
+    let gets = keys.iter().map(|key| client.get(key));
+    for (value, read) in large.iter().zip(join_all(gets).await) {
+        assert!(read.unwrap().as_deref() == Some(&**value), "not as written");
+    }
+    assert_eq!(client.increment("none", 1).await.unwrap(), None);
+    assert_eq!(client.nodes()[0].state, BreakerState::Closed);
+}
+
+/// A node that hangs goes, and comes back by probes that are made as its other connections are.
+async fn hangs_and_comes_back(client: &Client, node: &Memcached) {
+    client.set("k", "v", Ttl::NEVER).await.unwrap();
+    node.stop().unwrap();
+    until_open(client, 0).await;
+    node.cont().unwrap();
+    until_closed(client, 0).await;
+    // What was in doubt while it hung is over first.
+    let until = Instant::now() + PATIENCE;
+    while client.get("k").await.ok().flatten().is_none() {
+        assert!(Instant::now() < until, "{:?}", client.nodes());
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn hasty(node: impl AsRef<str>) -> ClientBuilder {
+    let probe = ProbeSettings::default()
+        .period(Duration::from_millis(100))
+        .initial_delay(Duration::from_millis(10));
+    patient(node)
+        .attempt_timeout(Duration::from_millis(200))
+        .connect_timeout(Duration::from_millis(400))
+        .probe(probe)
+}
+
+#[tokio::test]
+async fn a_unix_socket_is_as_good_as_a_port() {
+    let mut node = Memcached::builder().unix_socket().spawn().unwrap();
+    let client = patient(node.address()).build().unwrap();
+    is_of_use(&client).await;
+    node.kill().unwrap();
+    until_open(&client, 0).await;
+    node.restart().unwrap();
+    until_closed(&client, 0).await;
+    let client = hasty(node.address()).build().unwrap();
+    hangs_and_comes_back(&client, &node).await;
 }

@@ -93,8 +93,8 @@ impl PipelinedSettings {
         self
     }
 
-    /// How long connecting may take, resolving and the first answer included; twice the attempt
-    /// timeout by default.
+    /// How long connecting may take, resolving and the first answer included. By default what the
+    /// connector [says](Connector::connect_timeout), and twice the attempt timeout if it says nothing.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = Some(timeout);
@@ -132,6 +132,13 @@ impl PipelinedSettings {
     pub(crate) fn connect_within(&self) -> Duration {
         self.connect_timeout
             .unwrap_or(self.attempt_timeout.saturating_mul(2))
+    }
+
+    /// With what the connector says where nobody else does.
+    pub(crate) fn over(mut self, connector: &dyn Connector) -> Self {
+        let timeout = self.connect_timeout;
+        self.connect_timeout = timeout.or_else(|| connector.connect_timeout());
+        self
     }
 
     pub(crate) fn validate(&self) -> Result<(), Invalid> {

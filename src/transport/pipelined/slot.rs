@@ -225,7 +225,7 @@ impl Pool {
 
     pub(super) fn apply(&self, settings: PipelinedSettings) {
         let limits = settings.limits;
-        self.node.site.settings.store(Arc::new(settings));
+        self.node.site.apply(settings);
         for slot in &self.node.slots {
             slot.lock().pipeline.set_limits(limits);
         }
