@@ -38,6 +38,9 @@ pub enum ErrorKind {
     Overloaded,
     /// No connection could be made. Nothing was sent.
     ConnectionFailed,
+    /// No connection could be made, because the server refuses this client's
+    /// [credentials](crate::Credentials), or demands some and there are none. Nothing was sent.
+    Unauthenticated,
     /// The connection ended under the request.
     ConnectionLost,
     /// The connection was closed because the server did not answer on it: no byte for the stall
@@ -82,6 +85,7 @@ impl ErrorKind {
             Self::NodeUnavailable => "node unavailable",
             Self::Overloaded => "overloaded",
             Self::ConnectionFailed => "connecting failed",
+            Self::Unauthenticated => "not authenticated",
             Self::ConnectionLost => "connection lost",
             Self::Unresponsive => "unresponsive",
             Self::Protocol => "protocol violation",
@@ -254,6 +258,7 @@ impl Error {
             self.0.kind,
             ErrorKind::NodeUnavailable
                 | ErrorKind::ConnectionFailed
+                | ErrorKind::Unauthenticated
                 | ErrorKind::ConnectionLost
                 | ErrorKind::Unresponsive
         )

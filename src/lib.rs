@@ -119,7 +119,7 @@ pub use shutdown::{ShutdownReport, UnflushedJournal};
 #[cfg(feature = "tls")]
 pub use transport::TlsConnector;
 pub use transport::{
-    Address, BoxStream, ByteStream, Connecting, Connector, Pipelined, PipelinedFuture,
+    Address, BoxStream, ByteStream, Connecting, Connector, Credentials, Pipelined, PipelinedFuture,
     PipelinedSettings, Protocol, SocketSettings, SystemConnector, TlsSettings, Transport,
     TransportFuture,
 };

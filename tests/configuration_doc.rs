@@ -1,5 +1,5 @@
 //! `docs/CONFIGURATION.md` against the code: its settings, defaults, examples, errors and metrics.
-#![cfg(feature = "serde")]
+#![cfg(all(feature = "serde", feature = "tls"))]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, from_value, json, to_value};
 use tower_memcached::{
     Client, ClientBuilder, Config, EjectionCause, Error, ExecutorConfig, GroupSettings, LoadLimits,
-    NodeConfig, ReadThroughSettings,
+    NodeConfig, ReadThroughSettings, TlsSettings,
 };
 
 const GUIDE: &str = include_str!("../docs/CONFIGURATION.md");
@@ -54,7 +54,14 @@ fn defaults() -> Defaults {
     collect("nodes[]", &json_of(node), &mut all);
     let executor: ExecutorConfig = from_value(json!({ "kind": "dedicated" })).expect("an executor");
     collect("executor", &json_of(executor), &mut all);
-    for required in ["nodes[].address", "executor.kind"] {
+    collect("tls", &json_of(TlsSettings::default()), &mut all);
+    let required = [
+        "nodes[].address",
+        "executor.kind",
+        "credentials.user",
+        "credentials.password",
+    ];
+    for required in required {
         all.insert(required.to_owned(), None);
     }
     all
@@ -149,6 +156,7 @@ fn changed(config: &Value, path: &str) -> Value {
         json!({ "nodelay": false }),
         json!({}),
         json!({ "kind": "dedicated" }),
+        json!({ "user": "user", "password": "password" }),
         json!([{ "address": "127.0.0.1:1", "weight": 2 }]),
     ];
     let makes_sense = |candidate: Value| {
@@ -184,7 +192,7 @@ fn what_can_be_changed_at_run_time_is_said_of_each_setting() {
         // What is in a list, and the parts of these, are changed with the whole of it.
         let whole = match (path.split_once("[]"), path.split_once('.')) {
             (Some((list, _)), _) => list,
-            (None, Some((whole @ ("executor" | "socket"), _))) => whole,
+            (None, Some((whole @ ("executor" | "socket" | "tls" | "credentials"), _))) => whole,
             (None, _) => path,
         };
         let next = from_value(changed(&now, whole)).expect("it made sense");

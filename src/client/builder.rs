@@ -23,7 +23,8 @@ use crate::shutdown::Tracker;
 #[cfg(feature = "tls")]
 use crate::transport::TlsConnector;
 use crate::transport::{
-    Connector, Parts, Protocol, SocketSettings, SystemConnector, TlsSettings, Transport,
+    Connector, Credentials, Parts, Protocol, SocketSettings, SystemConnector, TlsSettings,
+    Transport,
 };
 
 /// Configures and builds a [`Client`]. Nothing is checked, opened or started before
@@ -326,6 +327,20 @@ impl<L, N> ClientBuilder<L, N> {
     #[must_use]
     pub fn tls(mut self, settings: TlsSettings) -> Self {
         self.config.tls = Some(settings);
+        self
+    }
+
+    /// A user and a password for servers that demand them (memcached's `-Y`), sent first on each
+    /// connection, those of probes too. To a server that does not demand any they are not sent; so one
+    /// client can be used while servers are switched over. They are sent as they are: whoever can read
+    /// the network can read them, unless there is [`tls`](Self::tls).
+    ///
+    /// A server that refuses them, or demands some where there are none, fails connects as
+    /// [`ErrorKind::Unauthenticated`](crate::ErrorKind::Unauthenticated), which ejects its node.
+    /// [`reconfigure`](Client::reconfigure) with others is for connections that are made from then on.
+    #[must_use]
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.config.credentials = Some(credentials);
         self
     }
 

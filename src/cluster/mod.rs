@@ -662,7 +662,7 @@ impl<S> Shared<S> {
     ) -> After {
         use ErrorKind::{
             ConnectionFailed, ConnectionLost, Layer, NodeUnavailable, Protocol, Shutdown, Timeout,
-            Unresponsive,
+            Unauthenticated, Unresponsive,
         };
         tries.sent = tries.sent.max(error.sent());
         let unsent = error.sent() == Sent::No;
@@ -676,7 +676,13 @@ impl<S> Shared<S> {
         }
         let failed_there = matches!(
             kind,
-            Timeout | ConnectionFailed | ConnectionLost | Unresponsive | NodeUnavailable | Protocol
+            Timeout
+                | ConnectionFailed
+                | Unauthenticated
+                | ConnectionLost
+                | Unresponsive
+                | NodeUnavailable
+                | Protocol
         ) || kind == Layer;
         if !failed_there {
             return After::GiveUp;

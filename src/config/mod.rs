@@ -49,7 +49,7 @@ use crate::executor::Executor;
 use crate::group::GroupSettings;
 use crate::node::{BreakerSettings, JournalSettings, ProbeSettings};
 use crate::read_through::{LoadLimits, ReadThroughSettings};
-use crate::transport::{PipelinedSettings, Protocol, SocketSettings, TlsSettings};
+use crate::transport::{Credentials, PipelinedSettings, Protocol, SocketSettings, TlsSettings};
 
 /// What a client is told: see the [builder](crate::ClientBuilder)'s methods of the same names for what
 /// each means, and `docs/CONFIGURATION.md` for all of them in tables: defaults, units, what a wrong one
@@ -92,6 +92,8 @@ pub struct Config {
     /// Encryption; none by default. Needs the feature `tls`: without it, building a client with this
     /// is an error.
     pub tls: Option<TlsSettings>,
+    /// Who this client is, to servers that want to know; nobody by default.
+    pub credentials: Option<Credentials>,
     /// Which protocol nodes are asked in; by default each in the one that it speaks.
     pub protocol: Protocol,
     /// Connections to each node that is asked in the meta protocol; 1 by default.
@@ -154,6 +156,7 @@ impl Default for Config {
             protocol: Protocol::Auto,
             socket: SocketSettings::default(),
             tls: None,
+            credentials: None,
             connections: transport.connections,
             pool_size: 16,
             max_in_flight: transport.limits.requests,

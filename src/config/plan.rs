@@ -85,12 +85,13 @@ impl Config {
             .max_requests(self.max_in_flight)
             .max_value_size(self.max_value_size);
         transport.stall_timeout = self.stall_timeout;
+        self.tls.as_ref().map_or(Ok(()), TlsSettings::validate)?;
         let tls_timeout = self.tls.as_ref().and_then(|tls| tls.connect_timeout);
         transport.connect_timeout = tls_timeout.or(self.connect_timeout);
+        transport.credentials = self.credentials.clone();
         transport.validate()?;
         let socket = self.socket.validate();
         socket.map_err(|invalid| invalid.under("socket"))?;
-        self.tls.as_ref().map_or(Ok(()), TlsSettings::validate)?;
         at_most("connections", self.connections, MOST_CONNECTIONS)?;
         not_zero("pool_size", self.pool_size == 0)?;
         at_most("pool_size", self.pool_size as usize, MOST_CONNECTIONS)?;

@@ -131,7 +131,7 @@ impl EjectionCause {
 
     fn of_lost(kind: ErrorKind) -> Self {
         match kind {
-            ErrorKind::ConnectionFailed => Self::ConnectFailed,
+            ErrorKind::ConnectionFailed | ErrorKind::Unauthenticated => Self::ConnectFailed,
             _ => Self::Unresponsive,
         }
     }

@@ -675,7 +675,7 @@ impl Shared {
         // Our transport reports these by itself; whatever else is below cannot.
         let unreachable = matches!(
             error.kind(),
-            ErrorKind::ConnectionFailed | ErrorKind::Unresponsive
+            ErrorKind::ConnectionFailed | ErrorKind::Unauthenticated | ErrorKind::Unresponsive
         );
         if self.transport.is_none() && unreachable {
             self.open(EjectionCause::of_lost(error.kind()), error);

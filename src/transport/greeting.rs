@@ -7,6 +7,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, timeout};
 
+use super::credentials::{self, Credentials};
 use super::protocol::Dialect;
 use super::{Address, BoxStream, ConnectFailure, Connector, Protocol};
 use crate::error::{Charge, Error, ErrorKind};
@@ -29,6 +30,7 @@ pub(super) struct Greeting<'a> {
     pub(super) connector: &'a dyn Connector,
     pub(super) address: &'a Address,
     pub(super) protocol: Protocol,
+    pub(super) credentials: Option<Credentials>,
     /// Whether it is known, and still said by other connections, that it is a proxy.
     pub(super) is_known_proxy: bool,
     pub(super) within: Duration,
@@ -70,7 +72,13 @@ impl Greeting<'_> {
         };
         loop {
             let mut stream = self.dial().await?;
-            let version = match ask(&mut stream, b"version\r\n").await {
+            let mut said = ask(&mut stream, b"version\r\n").await;
+            if said.demands_credentials() {
+                credentials::authenticate(&mut stream, self.credentials.as_ref()).await?;
+                said = ask(&mut stream, b"version\r\n").await;
+            }
+            let version = match said {
+                said if said.demands_credentials() => return Err(credentials::refused()),
                 Said::Reply(Reply::Version(text)) => text,
                 Said::Reply(Reply::Failure(_, text)) if text.contains(TOO_MANY_CONNECTIONS) => {
                     let full = ConnectFailure::Full;
@@ -180,6 +188,10 @@ enum Said {
 }
 
 impl Said {
+    fn demands_credentials(&self) -> bool {
+        matches!(self, Self::Reply(reply) if credentials::are_demanded(reply))
+    }
+
     /// Where an answer to that question was wanted.
     fn instead_of(self, request: &'static str) -> Failure {
         let violation = match self {

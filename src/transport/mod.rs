@@ -10,6 +10,7 @@ mod address;
 #[cfg(feature = "classic")]
 mod classic;
 mod connector;
+mod credentials;
 mod dispatch;
 mod greeting;
 mod linger;
@@ -25,6 +26,7 @@ pub use address::Address;
 #[doc(hidden)]
 pub use classic::fuzz_classic_reply;
 pub use connector::{BoxStream, ByteStream, Connecting, Connector, SystemConnector};
+pub use credentials::Credentials;
 pub use dispatch::{Transport, TransportFuture};
 pub(crate) use observer::{ConnectFailure, Event, Observer};
 pub use pipelined::{Pipelined, PipelinedFuture, PipelinedSettings};

@@ -86,12 +86,14 @@ impl Site {
     /// the classic one.
     pub(super) async fn connect(&self, meta: bool) -> Result<Connected, (ConnectFailure, Error)> {
         let proxy = self.spoken.get() == Some(Dialect::Classic { proxy: true });
+        let settings = self.settings.load();
         let greeting = Greeting {
             connector: &*self.connector,
             address: &self.address,
             protocol: self.protocol,
             is_known_proxy: proxy && self.up() > 0,
-            within: self.settings.load().connect_within(),
+            credentials: settings.credentials.clone(),
+            within: settings.connect_within(),
         };
         let connected = greeting.connect().await?;
         self.spoken.set(connected.dialect);

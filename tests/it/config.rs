@@ -4,9 +4,9 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use tower_memcached::{
-    BreakerSettings, Client, Config, ErrorKind, ExecutorConfig, FailureMode, GroupSettings,
-    JournalOverflow, JournalSettings, LoadLimits, NodeConfig, ProbeSettings, ReadThroughSettings,
-    RetryBudget, Ring, SocketSettings,
+    BreakerSettings, Client, Config, Credentials, ErrorKind, ExecutorConfig, FailureMode,
+    GroupSettings, JournalOverflow, JournalSettings, LoadLimits, NodeConfig, ProbeSettings,
+    ReadThroughSettings, RetryBudget, Ring, SocketSettings, TlsSettings,
 };
 
 const fn ms(milliseconds: u64) -> Duration {
@@ -67,6 +67,16 @@ fn socket() -> SocketSettings {
         .bind([127, 0, 0, 1].into())
 }
 
+fn tls() -> TlsSettings {
+    TlsSettings::default()
+        .ca_file("/etc/cache/ca.pem")
+        .system_roots(true)
+        .client_cert_file("/etc/cache/client.pem")
+        .client_key_file("/etc/cache/client-key.pem")
+        .server_name("cache.example")
+        .connect_timeout(ms(500))
+}
+
 /// Nothing in it is as by default.
 fn everything() -> Config {
     let mut config = Config::default();
@@ -79,6 +89,7 @@ fn everything() -> Config {
     config.stall_timeout = Some(ms(70));
     config.connect_timeout = Some(ms(60));
     config.socket = socket();
+    config.tls = Some(tls());
     config.connections = 2;
     config.max_in_flight = 1_000;
     config.max_value_size = 2_000;
@@ -138,6 +149,7 @@ fn a_builders_methods_say_what_a_config_says() {
         .stall_timeout(ms(70))
         .connect_timeout(ms(60))
         .socket(socket())
+        .tls(tls())
         .connections(2)
         .max_in_flight(1_000)
         .max_value_size(2_000)
@@ -204,6 +216,12 @@ fn each_setting_that_makes_no_sense_is_refused_by_its_path() {
         }),
         ("socket.keepalive", |config| {
             config.socket = SocketSettings::default().keepalive(ms(999));
+        }),
+        ("credentials.user", |config| {
+            config.credentials = Some(Credentials::new("", "password"));
+        }),
+        ("credentials.password", |config| {
+            config.credentials = Some(Credentials::new("user", "pass word"));
         }),
         ("connections", |config| {
             (config.connections, config.hedged_gets) = (0, false)
@@ -352,6 +370,8 @@ fn each_setting_that_makes_no_sense_is_refused_by_its_path() {
         let mut config = everything();
         // This is no runtime.
         (config.executor, config.load_executor) = (None, None);
+        // These files are not there.
+        config.tls = None;
         config
     };
     let client = Client::builder().config(well()).build().unwrap();
@@ -374,6 +394,18 @@ fn each_setting_that_makes_no_sense_is_refused_by_its_path() {
             assert!(error.to_string().contains(&says), "{path}: {error}");
         }
     }
+}
+
+/// Rather than to speak in plain text.
+#[cfg(not(feature = "tls"))]
+#[test]
+fn tls_is_refused_where_it_was_not_built_in() {
+    let mut config = Config::default();
+    config.nodes = vec![NodeConfig::new("10.0.0.1")];
+    config.tls = Some(TlsSettings::default());
+    let error = Client::builder().config(config).build().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
+    assert!(error.to_string().contains("the feature `tls`"), "{error}");
 }
 
 #[cfg(feature = "serde")]
@@ -409,6 +441,30 @@ mod data {
             let text = serde_json::to_string(&mode).unwrap();
             assert_eq!(serde_json::from_str::<FailureMode>(&text).unwrap(), mode);
         }
+    }
+
+    /// So that no copy of a configuration tells them.
+    #[test]
+    fn a_password_is_read_and_never_written() {
+        let text = r#"credentials = { user = "user", password = "secret" }"#;
+        let config: Config = toml::from_str(text).unwrap();
+        let credentials = Credentials::new("user", "secret");
+        assert_eq!(config.credentials, Some(credentials.clone()));
+        let builder = Client::builder().credentials(credentials);
+        same(&builder, &Client::builder().config(config.clone()));
+        let written = toml::to_string(&config).unwrap();
+        for shown in [&written, &format!("{config:?}"), &format!("{builder:?}")] {
+            assert!(
+                shown.contains("user") && !shown.contains("secret"),
+                "{shown}"
+            );
+        }
+        // Nor is it forgotten in silence.
+        let error = toml::from_str::<Config>(&written).unwrap_err();
+        assert!(
+            error.to_string().contains("missing field `password`"),
+            "{error}"
+        );
     }
 
     #[test]

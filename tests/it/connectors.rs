@@ -1,4 +1,4 @@
-//! How a memcached is reached: options of sockets, Unix sockets, TLS.
+//! How a memcached is reached: options of sockets, Unix sockets.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use tower_memcached::{
 use crate::support::{PATIENCE, until_closed, until_open};
 
 /// A client whose timeouts a busy machine does not reach by itself.
-fn patient(node: impl AsRef<str>) -> ClientBuilder {
+pub(crate) fn patient(node: impl AsRef<str>) -> ClientBuilder {
     Client::builder()
         .nodes([node])
         .executor(Executor::current())
@@ -87,7 +87,7 @@ fn options_of_sockets_and_a_connector_of_ones_own_exclude_each_other() {
 }
 
 /// Reads, writes, large and many of them: what any connection has to carry.
-async fn is_of_use(client: &Client) {
+pub(crate) async fn is_of_use(client: &Client) {
     let small: Vec<_> = (0..200).map(|n| format!("key-{n}")).collect();
     for key in &small {
         client.set(key, key.clone(), Ttl::NEVER).await.unwrap();
@@ -116,9 +116,18 @@ async fn is_of_use(client: &Client) {
     assert_eq!(client.nodes()[0].state, BreakerState::Closed);
 }
 
+/// Sets `k`, however long a busy machine takes to connect.
+pub(crate) async fn eventually_set(client: &Client, value: &'static str) {
+    let until = Instant::now() + PATIENCE;
+    while let Err(error) = client.set("k", value, Ttl::NEVER).await {
+        assert!(Instant::now() < until, "{error}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// A node that hangs goes, and comes back by probes that are made as its other connections are.
-async fn hangs_and_comes_back(client: &Client, node: &Memcached) {
-    client.set("k", "v", Ttl::NEVER).await.unwrap();
+pub(crate) async fn hangs_and_comes_back(client: &Client, node: &Memcached) {
+    eventually_set(client, "v").await;
     node.stop().unwrap();
     until_open(client, 0).await;
     node.cont().unwrap();
@@ -131,7 +140,7 @@ async fn hangs_and_comes_back(client: &Client, node: &Memcached) {
     }
 }
 
-fn hasty(node: impl AsRef<str>) -> ClientBuilder {
+pub(crate) fn hasty(node: impl AsRef<str>) -> ClientBuilder {
     let probe = ProbeSettings::default()
         .period(Duration::from_millis(100))
         .initial_delay(Duration::from_millis(10));

@@ -2,6 +2,7 @@
 //! against real memcached where it is about memcached.
 #![cfg(feature = "testing")]
 
+mod authentication;
 mod claims;
 mod config;
 mod connectors;
@@ -28,4 +29,6 @@ mod staleness;
 mod storms;
 mod subtleties;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;
 mod wire_faults;

@@ -25,7 +25,7 @@ use slot::Pool;
 
 use super::protocol::Protocol;
 use super::site::{Parts, Site};
-use super::{Address, Connector};
+use super::{Address, Connector, Credentials};
 use crate::error::{Error, Invalid, Result, not_zero};
 use crate::executor::{Executor, Spawner};
 use crate::protocol::Limits;
@@ -41,6 +41,7 @@ pub struct PipelinedSettings {
     pub(crate) connect_timeout: Option<Duration>,
     pub(crate) timeouts_to_close: u32,
     pub(crate) limits: Limits,
+    pub(crate) credentials: Option<Credentials>,
 }
 
 impl Default for PipelinedSettings {
@@ -56,6 +57,7 @@ impl Default for PipelinedSettings {
                 requests: 16_384,
                 queued_bytes: 64 << 20,
             },
+            credentials: None,
         }
     }
 }
@@ -124,6 +126,14 @@ impl PipelinedSettings {
         self
     }
 
+    /// Who this client is, to a server that wants to know (see
+    /// [`ClientBuilder::credentials`](crate::ClientBuilder::credentials)); nobody by default.
+    #[must_use]
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.credentials = Some(credentials);
+        self
+    }
+
     pub(crate) fn stall_after(&self) -> Duration {
         self.stall_timeout
             .unwrap_or(self.attempt_timeout.saturating_mul(2))
@@ -148,6 +158,9 @@ impl PipelinedSettings {
         not_zero("timeouts_to_close", self.timeouts_to_close == 0)?;
         not_zero("connections", self.connections == 0)?;
         not_zero("max_requests", self.limits.requests == 0)?;
+        self.credentials
+            .as_ref()
+            .map_or(Ok(()), Credentials::validate)?;
         not_zero("max_queued_bytes", self.limits.queued_bytes == 0)?;
         if self.limits.value as u64 > crate::protocol::ABSURD_LENGTH {
             let why = "is over 1 GiB, which no memcached holds";

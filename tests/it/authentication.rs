@@ -1,0 +1,116 @@
+//! memcached that wants to know who asks (`-Y`).
+
+use std::time::Duration;
+
+use tower_memcached::testing::Memcached;
+use tower_memcached::{Client, Config, Credentials, Error, ErrorKind, NodeConfig, Ttl};
+
+use crate::connectors::{hangs_and_comes_back, hasty, is_of_use, patient};
+use crate::support::{addresses, server, until_closed, until_open};
+
+fn demanding() -> Memcached {
+    let builder = Memcached::builder().authentication("other", "password");
+    builder.authentication("user", "secret").spawn().unwrap()
+}
+
+fn right() -> Credentials {
+    Credentials::new("user", "secret")
+}
+
+#[tokio::test]
+async fn with_the_right_password_it_is_a_memcached_like_any_other() {
+    let node = demanding();
+    let client = patient(node.address())
+        .credentials(right())
+        .connections(3)
+        .build()
+        .unwrap();
+    is_of_use(&client).await;
+    // They were shown, and not stored.
+    assert_eq!(client.get("credentials").await.unwrap(), None);
+    let client = hasty(node.address()).credentials(right()).build().unwrap();
+    hangs_and_comes_back(&client, &node).await;
+}
+
+/// Why the only node of a client is out.
+async fn refusal(node: &Memcached, credentials: Option<Credentials>) -> Error {
+    let mut builder = patient(node.address());
+    if let Some(credentials) = credentials {
+        builder = builder.credentials(credentials);
+    }
+    let client = builder.build().unwrap();
+    let error = client.get("k").await.unwrap_err();
+    assert!(error.is_unavailable(), "{error}");
+    until_open(&client, 0).await;
+    client.nodes()[0].last_cause.clone().unwrap()
+}
+
+#[tokio::test]
+async fn a_wrong_password_ejects_the_node_and_says_why() {
+    let node = demanding();
+    for wrong in [
+        Credentials::new("user", "hunter2"),
+        Credentials::new("nobody", "secret"),
+        Credentials::new("other", "secret"),
+    ] {
+        let error = refusal(&node, Some(wrong)).await;
+        assert_eq!(error.kind(), ErrorKind::Unauthenticated, "{error}");
+        let shown = format!("{error} {error:?}");
+        assert!(shown.contains("refuses the credentials"), "{shown}");
+        assert!(
+            !shown.contains("hunter2") && !shown.contains("secret"),
+            "{shown}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn no_password_where_one_is_demanded_ejects_the_node_and_says_why() {
+    let error = refusal(&demanding(), None).await;
+    assert_eq!(error.kind(), ErrorKind::Unauthenticated, "{error}");
+    assert!(error.to_string().contains("there are none"), "{error}");
+}
+
+/// It would store them, and give them to whoever asks.
+#[tokio::test]
+async fn a_server_that_does_not_ask_is_not_told() {
+    let node = Memcached::spawn(&[]).unwrap();
+    let client = patient(node.address())
+        .credentials(right())
+        .build()
+        .unwrap();
+    client.set("k", "v", Ttl::NEVER).await.unwrap();
+    assert_eq!(client.get("credentials").await.unwrap(), None);
+    // This one counts what it is asked; our own writes are none of these.
+    let server = server().await;
+    let told = patient(addresses(std::slice::from_ref(&server)).remove(0));
+    let told = told.credentials(right()).build().unwrap();
+    assert_eq!(told.get("k").await.unwrap(), None);
+    assert!(server.commands_named("version") > 0);
+    assert_eq!(server.commands_named("set"), 0);
+}
+
+/// A node that refuses is a node that is out: the others stand in, and it comes back once it is asked
+/// with what it wants to hear.
+#[tokio::test]
+async fn credentials_can_be_changed_while_the_client_runs() {
+    let (node, other) = (demanding(), Memcached::spawn(&[]).unwrap());
+    let mut config = Config::default();
+    let nodes = [&node, &other].map(|node| NodeConfig::new(node.address()));
+    config.nodes = nodes.into();
+    config.credentials = Some(Credentials::new("user", "outdated"));
+    config.timeout = Duration::from_secs(5);
+    config.attempt_timeout = Duration::from_secs(2);
+    let client = Client::builder().config(config.clone()).build().unwrap();
+    for n in 0..50 {
+        client.set(format!("k{n}"), "v", Ttl::NEVER).await.unwrap();
+    }
+    until_open(&client, 0).await;
+    config.credentials = Some(right());
+    client.reconfigure(config).unwrap();
+    until_closed(&client, 0).await;
+    for n in 0..50 {
+        client.set(format!("k{n}"), "v", Ttl::NEVER).await.unwrap();
+    }
+    assert!(client.nodes().iter().all(|node| node.connections > 0));
+}
