@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{Either, select};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
 use super::wire::Wire;
@@ -48,6 +48,9 @@ struct State {
 /// those that wait in the pool are not used any more.
 pub(super) struct Generation {
     pub(super) pool: bb8::Pool<Manager>,
+    /// One for each connection there may be, to be had before one of them: the pool itself lets whoever
+    /// comes just then have what is handed back, before those that wait, who may wait without end.
+    pub(super) turns: Arc<Semaphore>,
     /// Nobody gets one of them any more.
     pub(super) ended: watch::Sender<Option<Ended>>,
 }
@@ -70,6 +73,11 @@ pub(super) struct Connection {
 /// A connection that a request has, and where it is from.
 pub(super) struct Lent {
     pub(super) connection: bb8::PooledConnection<'static, Manager>,
+    #[expect(
+        dead_code,
+        reason = "dropped after it: the next one's turn is when it is in the pool again"
+    )]
+    pub(super) turn: OwnedSemaphorePermit,
     pub(super) generation: Arc<Generation>,
 }
 
@@ -150,6 +158,7 @@ impl Shared {
                 .build_unchecked(Manager(self.clone()));
             Arc::new(Generation {
                 pool,
+                turns: Arc::new(Semaphore::new(self.size as usize)),
                 ended: watch::Sender::new(None),
             })
         };

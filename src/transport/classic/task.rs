@@ -154,21 +154,27 @@ impl Job {
             let generation = self.shared.generation()?;
             let mut ended = generation.ended.subscribe();
             let mut has_ended = pin!(ended.wait_for(Option::is_some));
-            let mut getting = pin!(generation.pool.get_owned());
+            let mut getting = pin!(async {
+                let turn = generation.turns.clone().acquire_owned().await.ok()?;
+                let connection = generation.pool.get_owned().await.ok()?;
+                Some((connection, turn))
+            });
             let got = poll_fn(|cx| {
                 if let Poll::Ready(ended) = has_ended.as_mut().poll(cx) {
                     let error = ended.ok().and_then(|ended| ended.clone()).flatten();
                     return Poll::Ready(error.map_or(Ok(None), Err));
                 }
-                if let Poll::Ready(Ok(connection)) = getting.as_mut().poll(cx) {
-                    return Poll::Ready(Ok(Some(connection)));
+                if let Poll::Ready(got) = getting.as_mut().poll(cx) {
+                    // Nothing only after the longest time that one may wait.
+                    return Poll::Ready(got.map(Some).ok_or_else(|| timeout(Sent::No)));
                 }
                 released.as_mut().poll(cx).map(|()| Err(timeout(Sent::No)))
             })
             .await;
-            if let Some(connection) = got.map_err(|error| error.with_sent(Sent::No))? {
+            if let Some((connection, turn)) = got.map_err(|error| error.with_sent(Sent::No))? {
                 return Ok(Lent {
                     connection,
+                    turn,
                     generation: generation.clone(),
                 });
             }
