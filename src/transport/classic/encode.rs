@@ -5,9 +5,13 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use crate::key::Key;
 use crate::protocol::body;
 use crate::request::{Operation, StoreMode};
+use crate::ttl::Ttl;
 use crate::value::Payload;
 
 const CRLF: &[u8] = b"\r\n";
+
+/// A second of January 1970: the first number that is taken for a date.
+const LONG_AGO: i64 = 60 * 60 * 24 * 30 + 1;
 
 /// Writes `operation` at the end of `out`, if it is one of those. Of a get-and-touch it is the touch,
 /// with which that begins.
@@ -23,9 +27,9 @@ pub(super) fn encode(operation: &Operation, out: &mut BytesMut) -> Option<Bytes>
             ttl,
         } => {
             let (command, ttl): (&[u8], _) = match mode {
-                StoreMode::Set => (b"set ", ttl.wire()),
-                StoreMode::Add | StoreMode::Claim => (b"add ", ttl.wire()),
-                StoreMode::Replace => (b"replace ", ttl.wire()),
+                StoreMode::Set => (b"set ", expiry(*ttl)),
+                StoreMode::Add | StoreMode::Claim => (b"add ", expiry(*ttl)),
+                StoreMode::Replace => (b"replace ", expiry(*ttl)),
                 // These keep the TTL, and the flags, that are there; the fields must be.
                 StoreMode::Append => (b"append ", 0),
                 StoreMode::Prepend => (b"prepend ", 0),
@@ -40,14 +44,14 @@ pub(super) fn encode(operation: &Operation, out: &mut BytesMut) -> Option<Bytes>
             ttl,
             token,
         } => {
-            store(out, b"cas ", key, payload, ttl.wire());
+            store(out, b"cas ", key, payload, expiry(*ttl));
             number(out, token.unique);
             out.put_slice(CRLF);
             return body(payload, out);
         }
         Operation::Touch { key, ttl } | Operation::GetAndTouch { key, ttl } => {
             start(out, b"touch ", key);
-            number(out, ttl.wire());
+            number(out, expiry(*ttl));
             out.put_slice(CRLF);
         }
         Operation::Delete { key } => {
@@ -63,6 +67,14 @@ pub(super) fn encode(operation: &Operation, out: &mut BytesMut) -> Option<Bytes>
         | Operation::FlushAll => {}
     }
     None
+}
+
+/// Proxies close the connection on a negative one.
+fn expiry(ttl: Ttl) -> i64 {
+    match ttl.wire() {
+        ..0 => LONG_AGO,
+        expiry => expiry,
+    }
 }
 
 fn start(out: &mut BytesMut, command: &[u8], key: &Key) {
