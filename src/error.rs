@@ -55,8 +55,15 @@ pub enum ErrorKind {
     Rejected,
     /// `increment` or `decrement` of a value that is not a number.
     NotANumber,
-    /// The server is too old for what was asked (see [`MINIMUM_VERSION`](crate::MINIMUM_VERSION)).
+    /// The server is too old for what was asked (see [`MINIMUM_VERSION`](crate::MINIMUM_VERSION)); or it
+    /// is not for this client, as to append to values that may be compressed (nothing was sent then),
+    /// or a value is compressed in a way that the crate is built without.
     Unsupported,
+    /// A value could not be encoded (nothing was sent), or what was read is not what it should be: its
+    /// client flags name another format, it does not decode, or it is damaged
+    /// ([`Codec`](crate::Codec), [`CompressionSettings`](crate::CompressionSettings)). The server did
+    /// what it was asked.
+    Codec,
     /// The client is shut down, or is being [shut down](crate::Client::shutdown); or the runtime its
     /// connections live in is.
     Shutdown,
@@ -92,7 +99,8 @@ impl ErrorKind {
             Self::Server => "server error",
             Self::Rejected => "rejected by the server",
             Self::NotANumber => "not a number",
-            Self::Unsupported => "not supported by the server",
+            Self::Unsupported => "not supported",
+            Self::Codec => "not the expected value",
             Self::Shutdown => "shut down",
             Self::Disabled => "disabled",
             Self::Load => "load failed",

@@ -122,7 +122,7 @@ fn check(outcome: Result<Response>, replies: &[u8]) {
         Ok(Response::Value(Some(value))) => vec![value],
         Ok(Response::Found(lookup)) => match lookup.found {
             Found::Value { value, .. } => vec![value],
-            Found::Nothing | Found::Absent { .. } => return,
+            Found::Nothing | Found::Absent { .. } | Found::Unreadable => return,
         },
         Ok(Response::Values(outcomes)) => outcomes
             .into_iter()

@@ -68,6 +68,7 @@ mod bulkhead;
 mod call;
 mod client;
 mod cluster;
+mod compression;
 mod config;
 mod error;
 mod executor;
@@ -97,6 +98,9 @@ pub use client::{
 };
 pub use cluster::{
     Cluster, ClusterFuture, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring,
+};
+pub use compression::{
+    Algorithm, Compressed, CompressedFuture, CompressionLayer, CompressionSettings,
 };
 pub use config::{Config, ExecutorConfig, NodeConfig};
 pub use error::{Error, ErrorKind, Result, Sent};

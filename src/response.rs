@@ -72,6 +72,9 @@ pub enum Found {
         /// The TTL that is left to it, within a second; `None` is for ever.
         left: Option<Duration>,
     },
+    /// There is a value, and a layer could not make sense of it: it is damaged, or in a format that is
+    /// not known here. A read-through loads it anew, and replaces it.
+    Unreadable,
 }
 
 /// Who loads what is not there, or old.

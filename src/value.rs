@@ -34,6 +34,15 @@ impl Value {
         self
     }
 
+    /// The same value with other bytes, and the client flags that say what these are.
+    pub(crate) fn recoded(self, data: Bytes, flags: u32) -> Self {
+        Self {
+            data,
+            flags,
+            ..self
+        }
+    }
+
     pub(crate) fn with_cas(mut self, cas: Option<CasToken>) -> Self {
         self.cas = cas;
         self

@@ -429,10 +429,18 @@ where
         request
     }
 
-    fn driven(&self, request: Request) -> Call<'_, S> {
+    async fn driven(&self, mut request: Request) -> Result<Response> {
         let (shared, service) = (&*self.shared, self.service.clone());
         let timeout = shared.timeout.get();
-        Call::new(service, request, timeout, shared.spawner.as_ref())
+        let compression = shared.reads.compression().get();
+        if let Some(compression) = &compression {
+            compression.write(&mut request)?;
+        }
+        let response = Call::new(service, request, timeout, shared.spawner.as_ref()).await?;
+        match compression {
+            Some(compression) => compression.read(response),
+            None => Ok(response),
+        }
     }
 }
 

@@ -146,11 +146,15 @@ impl<S: Clone> Live<S> {
         self.timeout.set(next.timeout);
         let reads = self.guards.resolve(&next.read_through);
         self.reads.apply(reads.clone());
+        self.reads.compression().set(next.compression.as_ref());
         for ((group, engine), plan) in self.groups.iter().zip(&plan.groups) {
             group.apply(&plan.settings);
             let own = plan.settings.read_through.as_ref();
             let own = own.map_or_else(|| reads.clone(), |own| self.guards.resolve(own));
             engine.apply(own.guarded_by(|| self.reads.guard()));
+            let compression = plan.settings.compression.as_ref();
+            let compression = compression.or(next.compression.as_ref());
+            engine.compression().set(compression);
         }
         self.cluster.kill_switch().set(next.killed);
         Ok(())

@@ -45,6 +45,7 @@ pub use node::NodeConfig;
 pub(crate) use plan::{GroupPlan, Plan};
 
 use crate::cluster::{ClusterSettings, FailureMode, RetryBudget, Ring};
+use crate::compression::CompressionSettings;
 use crate::executor::Executor;
 use crate::group::GroupSettings;
 use crate::node::{BreakerSettings, JournalSettings, ProbeSettings};
@@ -104,6 +105,8 @@ pub struct Config {
     pub max_in_flight: usize,
     /// The largest value to send or receive, in bytes; 1 MiB by default.
     pub max_value_size: usize,
+    /// How large values are compressed; neither compressed nor decompressed by default.
+    pub compression: Option<CompressionSettings>,
     /// What becomes of requests whose node is out; redistribute by default.
     pub failure_mode: FailureMode,
     /// How long a value may live on a node that is not its own; 60 s by default.
@@ -161,6 +164,7 @@ impl Default for Config {
             pool_size: 16,
             max_in_flight: transport.limits.requests,
             max_value_size: transport.limits.value,
+            compression: None,
             failure_mode: cluster.failure_mode,
             failover_ttl: cluster.failover_ttl,
             max_attempts: cluster.max_attempts,

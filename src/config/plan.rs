@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Config, ExecutorConfig, NodeConfig};
 use crate::cluster::{ClusterSettings, GroupRoute, NodeSpec};
+use crate::compression::CompressionSettings;
 use crate::error::{Invalid, not_zero};
 use crate::group::GroupSettings;
 use crate::node::NodeSettings;
@@ -29,6 +30,11 @@ pub(super) fn speaks(setting: &str, protocol: Protocol) -> Result<(), Invalid> {
         }
         _ => Ok(()),
     }
+}
+
+fn check_compression(settings: Option<&CompressionSettings>) -> Result<(), Invalid> {
+    let checked = settings.map_or(Ok(()), CompressionSettings::validate);
+    checked.map_err(|invalid| invalid.under("compression"))
 }
 
 #[derive(Debug)]
@@ -113,6 +119,7 @@ impl Config {
             .max_ejection_percent(self.max_ejection_percent)
             .hedged_gets(self.hedged_gets);
         self.check(&cluster)?;
+        check_compression(self.compression.as_ref())?;
         let read_through = self.read_through.validate();
         read_through.map_err(|invalid| invalid.under("read_through"))?;
         self.check_database(&self.read_through)
@@ -164,6 +171,7 @@ impl Config {
         settings.validate()?;
         let cluster = settings.route(cluster);
         self.check(&cluster)?;
+        check_compression(settings.compression.as_ref())?;
         if let Some(read_through) = &settings.read_through {
             let checked = read_through.validate();
             checked

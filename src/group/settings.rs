@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::bulkhead::Limits;
 use crate::cluster::{ClusterSettings, FailureMode, RetryBudget};
+use crate::compression::CompressionSettings;
 use crate::config::NodeConfig;
 use crate::error::{Invalid, not_zero};
 use crate::key::{Key, MAX_KEY_LENGTH};
@@ -38,6 +39,7 @@ pub struct GroupSettings {
     pub(crate) max_ejection_percent: Option<u32>,
     pub(crate) hedged_gets: Option<bool>,
     pub(crate) read_through: Option<ReadThroughSettings>,
+    pub(crate) compression: Option<CompressionSettings>,
     pub(crate) nodes: Option<Vec<NodeConfig>>,
 }
 
@@ -60,6 +62,7 @@ impl Default for GroupSettings {
             max_ejection_percent: None,
             hedged_gets: None,
             read_through: None,
+            compression: None,
             nodes: None,
         }
     }
@@ -179,6 +182,15 @@ impl GroupSettings {
     #[must_use]
     pub fn hedged_gets(mut self, hedged: bool) -> Self {
         self.hedged_gets = Some(hedged);
+        self
+    }
+
+    /// How its large values are compressed; as the client has it by default. Whatever these leave out has
+    /// its default, and is not as the client has it. With
+    /// [`Algorithm::None`](crate::Algorithm::None) they are only decompressed.
+    #[must_use]
+    pub fn compression(mut self, settings: CompressionSettings) -> Self {
+        self.compression = Some(settings);
         self
     }
 

@@ -918,7 +918,7 @@ fn check_opaque(expected: u32, reply: &Reply, opaque_on_miss: bool) -> Result<()
 fn value(header: Header, data: Bytes, cas: Option<CasToken>) -> Option<Value> {
     match lookup(header, data, cas).found {
         Found::Value { value, .. } => Some(value.with_cas(cas)),
-        Found::Nothing | Found::Absent { .. } => None,
+        Found::Nothing | Found::Absent { .. } | Found::Unreadable => None,
     }
 }
 

@@ -164,6 +164,7 @@ impl<S, L: Loader> Layer<S> for ReadThroughLayer<L> {
                     spawner: self.spawner.clone(),
                     behind: self.spawner.clone(),
                     tracker: Tracker::current(),
+                    ..Means::default()
                 },
             ),
             layer: self.clone(),

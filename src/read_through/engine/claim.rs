@@ -30,6 +30,10 @@ pub(super) enum Claim {
 const FIRST_PAUSE: Duration = Duration::from_millis(4);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
+/// What is more is a point in time to memcached. Of a value that has more left than that, each process
+/// loads for itself.
+const LONGEST_RECACHE: Duration = Duration::from_secs(60 * 60 * 24 * 30);
+
 impl Engine {
     /// Asks the cache whose it is to load a key.
     pub(super) async fn claim<S: Cache>(&self, query: &Query<S>, led: &Led, by: Instant) -> Claim {
@@ -47,6 +51,8 @@ impl Engine {
             return Claim::Load(Fill::Not);
         }
         let recache = match wanted.early {
+            // It is of no use whatever is left to it.
+            _ if wanted.unreadable => LONGEST_RECACHE,
             // What has just this left now has less than a second more.
             Some(left) => left + Duration::from_secs(1),
             None => self.grace(wanted.away),
@@ -81,6 +87,15 @@ impl Engine {
         let key = &led.wanted.key;
         let (value, left) = match (found, token) {
             (Found::Absent { .. }, _) => return found_there(None),
+            (Found::Unreadable, None) => return Claim::Load(Fill::Not),
+            (Found::Unreadable, Some(token)) => {
+                let terms = self.settings().lease_duration();
+                if lease != LeaseState::Taken || self.elsewhere.is_overdue(key, token, terms) {
+                    return Claim::Load(Fill::Swap(token, away));
+                }
+                self.elsewhere.note(key, token, terms);
+                return Claim::Elsewhere(token, away);
+            }
             (Found::Value { value, left }, _) => (value, left),
             // There was no room for a placeholder, or what there is may not be used.
             (Found::Nothing, None) => return Claim::Load(Fill::Not),

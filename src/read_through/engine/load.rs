@@ -11,7 +11,7 @@ use futures::FutureExt as _;
 use tokio::time::Instant;
 
 use super::{Cache, Engine, Fill, Led, Loaded, Query, Settled, Terms, failed, out_of_time};
-use crate::error::{BoxError, Error, Result};
+use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::{after, until};
 use crate::key::Key;
 use crate::read_through::flight::{Load, Outcome, Seen, Source};
@@ -24,6 +24,11 @@ const MANY_LOADS: u32 = 3;
 
 /// The pause before the first that may not.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(4);
+
+fn is_codecs(error: &BoxError) -> bool {
+    let own = error.downcast_ref::<Error>();
+    own.is_some_and(|error| error.kind() == ErrorKind::Codec)
+}
 
 impl Engine {
     /// Loads keys in one go, settles them, and puts back what was loaded.
@@ -85,6 +90,10 @@ impl Engine {
                 return self.all_loaded(query, ready, loaded, begun).await;
             }
             Ok(Ok(Some(None))) => (shut_down(), false),
+            // What was loaded could not be encoded: that is not the database's doing.
+            Ok(Ok(Some(Some(Err(error))))) if is_codecs(&error) => {
+                (Error::from_boxed(error), false)
+            }
             Ok(Ok(Some(Some(Err(error))))) => {
                 permit.failed();
                 (failed("the loader failed").with_source(error), false)

@@ -35,6 +35,7 @@ use super::loads::{Loads, all_fail};
 use super::settings::ReadThroughSettings;
 use crate::bulkhead::{Limits, Place, Room};
 use crate::call::Call;
+use crate::compression::Slot;
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::executor::{Spawner, after, until};
 use crate::key::Key;
@@ -121,6 +122,8 @@ pub(crate) struct Means {
     pub(crate) behind: Option<Spawner>,
     /// What all engines of a client have under way.
     pub(crate) tracker: Arc<Tracker>,
+    /// How what is stored is compressed.
+    pub(crate) compression: Slot,
 }
 
 /// One call: what is asked, and when it has to be answered.
@@ -135,7 +138,11 @@ pub(crate) struct Query<S> {
     cache_ends: Instant,
     /// When the call has to end, if not only with the time to load.
     ends: Option<Instant>,
+    /// Says which values are of use; all are if there is none.
+    accepts: Option<Accepts>,
 }
+
+type Accepts = Arc<dyn Fn(&Value) -> bool + Send + Sync>;
 
 impl<S> Query<S> {
     pub(crate) fn new(cache: S, ttl: Ttl, timeout: Duration) -> Self {
@@ -147,7 +154,17 @@ impl<S> Query<S> {
             asked,
             cache_ends: after(asked, timeout),
             ends: None,
+            accepts: None,
         }
+    }
+
+    /// Loads anew, and replaces, what is not accepted.
+    pub(crate) fn accepting(
+        mut self,
+        accepts: impl Fn(&Value) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.accepts = Some(Arc::new(accepts));
+        self
     }
 
     /// The whole call has to end by then.
@@ -173,6 +190,8 @@ pub(crate) struct Wanted {
     early: Option<Duration>,
     /// Whether it was looked for on a node that is not its own.
     away: bool,
+    /// Whether there is a value, of which no sense can be made.
+    unreadable: bool,
 }
 
 impl Wanted {
@@ -298,9 +317,17 @@ impl Engine {
     }
 
     /// Another way to load other keys, by the same guard unless the settings have one.
-    pub(crate) fn of_group(&self, settings: ReadThroughSettings) -> Arc<Self> {
+    pub(crate) fn of_group(&self, settings: ReadThroughSettings, compression: Slot) -> Arc<Self> {
         let loading = Loading::new(settings, || self.guard()).swappable();
-        Self::of(loading, self.means.clone(), Flights::default())
+        let means = Means {
+            compression,
+            ..self.means.clone()
+        };
+        Self::of(loading, means, Flights::default())
+    }
+
+    pub(crate) fn compression(&self) -> &Slot {
+        &self.means.compression
     }
 
     /// Other settings from now on, by the same guard unless they have one.
@@ -462,7 +489,14 @@ impl Engine {
         let key = key.clone();
         let request = Request::new(Operation::Lookup { key, lease });
         match self.ask(query, request, by).await? {
-            Response::Found(lookup) => Ok(lookup),
+            Response::Found(mut lookup) => {
+                if let (Found::Value { value, .. }, Some(accepts)) = (&lookup.found, &query.accepts)
+                    && !accepts(value)
+                {
+                    lookup.found = Found::Unreadable;
+                }
+                Ok(lookup)
+            }
             // From a service built by hand, to which every read is a get.
             Response::Value(value) => Ok(plain(value)),
             other => Err(misfit(&other)),
@@ -478,7 +512,11 @@ impl Engine {
     ) -> Result<Response> {
         let request = request.with_deadline(by);
         let spawner = self.means.spawner.as_ref();
-        Call::new(query.cache.clone(), request, query.timeout, spawner).await
+        let response = Call::new(query.cache.clone(), request, query.timeout, spawner).await?;
+        match self.compression().get() {
+            Some(compression) => compression.read(response),
+            None => Ok(response),
+        }
     }
 
     /// What is to be done about a key after the cache was asked for it.
@@ -499,6 +537,7 @@ impl Engine {
             fallback: None,
             early: None,
             away: false,
+            unreadable: false,
         };
         let lookup = match lookup {
             Ok(lookup) => lookup,
@@ -517,6 +556,10 @@ impl Engine {
             Found::Value { value, left } => (value, left),
             Found::Absent { .. } => return Verdict::Settled(Ok(None)),
             Found::Nothing => return Verdict::Fetch(wanted),
+            Found::Unreadable => {
+                wanted.unreadable = true;
+                return Verdict::Fetch(wanted);
+            }
         };
         let settings = self.settings();
         let may_refresh = || match lookup.token {

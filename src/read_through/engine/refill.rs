@@ -29,7 +29,7 @@ impl Engine {
         loaded: Option<Payload>,
     ) {
         let loaded_nothing = loaded.is_none();
-        let Some(request) = self.refill(query, key, fill, loaded) else {
+        let Some(mut request) = self.refill(query, key, fill, loaded) else {
             if matches!(fill, Fill::Not) {
                 telemetry::refill("skipped");
             }
@@ -40,6 +40,13 @@ impl Engine {
             telemetry::refill("dropped");
             return seat.land();
         };
+        // Here, and not behind the answer, where I/O may run.
+        if let Some(compression) = self.compression().get()
+            && compression.write(&mut request).is_err()
+        {
+            telemetry::refill("failed");
+            return seat.land();
+        }
         let counted = self.means.tracker.count(Work::Refill);
         let behind = Behind::new(self.means.behind.clone(), place, counted);
         let query = query.clone();

@@ -1,0 +1,183 @@
+//! Compression: large values are stored as frames of LZ4 or Zstandard.
+//!
+//! What goes down is compressed, and what comes up is decompressed, on the task of whoever asks, and
+//! never where I/O runs: a [`Client`](crate::Client) does it around its whole stack, and for what is
+//! put back after a load on the task that has loaded it. For stacks built by hand there is a
+//! [`CompressionLayer`].
+
+mod layer;
+#[cfg(feature = "lz4")]
+mod lz4;
+mod settings;
+#[cfg(feature = "zstd")]
+mod zstd;
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+
+pub use layer::{Compressed, CompressedFuture, CompressionLayer};
+pub use settings::{Algorithm, CompressionSettings};
+
+use crate::error::{Error, ErrorKind, Result, Sent};
+use crate::request::{Operation, Request, StoreMode};
+use crate::response::{Found, Response};
+use crate::value::{Payload, Value};
+
+/// The compression of a client or a group, if it has one; for all clones, while they run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Slot(Arc<ArcSwapOption<CompressionSettings>>);
+
+impl Slot {
+    pub(crate) fn new(settings: Option<&CompressionSettings>) -> Self {
+        let slot = Self::default();
+        slot.set(settings);
+        slot
+    }
+
+    pub(crate) fn set(&self, settings: Option<&CompressionSettings>) {
+        self.0.store(settings.cloned().map(Arc::new));
+    }
+
+    pub(crate) fn get(&self) -> Option<Arc<CompressionSettings>> {
+        self.0.load_full()
+    }
+}
+
+/// Why there is nothing to be had of a frame.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    TooLarge,
+    #[cfg_attr(not(any(feature = "lz4", feature = "zstd")), expect(dead_code))]
+    Corrupt(&'static str),
+    /// Which feature the crate would have to be built with.
+    #[cfg_attr(all(feature = "lz4", feature = "zstd"), expect(dead_code))]
+    NotBuiltIn(&'static str),
+}
+
+impl CompressionSettings {
+    /// Compresses what a request writes.
+    pub(crate) fn write(&self, request: &mut Request) -> Result<()> {
+        match request.operation_mut() {
+            Operation::Store { mode, .. }
+                if matches!(mode, StoreMode::Append | StoreMode::Prepend) =>
+            {
+                let message =
+                    "what is there may be compressed, and can be neither appended nor prepended to";
+                Err(Error::new(ErrorKind::Unsupported, message))
+            }
+            Operation::Store { payload, .. } | Operation::CompareAndSwap { payload, .. } => {
+                self.compress(payload)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn compress(&self, payload: &mut Payload) -> Result<()> {
+        let (data, flags) = (payload.data(), payload.flags());
+        if flags & self.mask() != 0 {
+            let message = format!("the client flags {flags:#x} say that it is compressed already");
+            return Err(Error::new(ErrorKind::Codec, message));
+        }
+        if data.len() < self.threshold || data.len() > self.max_decompressed {
+            return Ok(());
+        }
+        let (compressed, flag): (Option<Vec<u8>>, _) = match self.algorithm {
+            #[cfg(feature = "lz4")]
+            Algorithm::Lz4 => (lz4::compress(data), self.lz4_flag),
+            #[cfg(feature = "zstd")]
+            Algorithm::Zstd => (zstd::compress(data, self.level), self.zstd_flag),
+            _ => (None, 0),
+        };
+        if let Some(compressed) = compressed
+            && compressed.len() < data.len()
+        {
+            *payload = Payload::from(compressed).with_flags(flags | flag);
+        }
+        Ok(())
+    }
+
+    /// Decompresses what was read.
+    pub(crate) fn read(&self, response: Response) -> Result<Response> {
+        Ok(match response {
+            Response::Value(Some(value)) => Response::Value(Some(self.decompress(value)?)),
+            Response::Values(mut outcomes) => {
+                for outcome in &mut outcomes {
+                    if let Ok(value) = outcome
+                        && let Some(compressed) = value.take_if(|value| self.concerns(value))
+                    {
+                        *outcome = self.decompress(compressed).map(Some);
+                    }
+                }
+                Response::Values(outcomes)
+            }
+            Response::Found(mut lookup) => {
+                if let Found::Value { value, left } = lookup.found {
+                    lookup.found = match self.decompress(value) {
+                        Ok(value) => Found::Value { value, left },
+                        Err(_) => Found::Unreadable,
+                    };
+                }
+                Response::Found(lookup)
+            }
+            other => other,
+        })
+    }
+
+    fn concerns(&self, value: &Value) -> bool {
+        value.flags() & self.mask() != 0
+    }
+
+    fn decompress(&self, value: Value) -> Result<Value> {
+        if !self.concerns(&value) {
+            return Ok(value);
+        }
+        let flags = value.flags();
+        match self.expand(&value, flags) {
+            Ok(data) => Ok(value.recoded(data, flags & !self.mask())),
+            Err(failure) => Err(self.failed(failure, flags)),
+        }
+    }
+
+    /// What a frame with these client flags stands for.
+    pub(crate) fn expand(&self, frame: &[u8], flags: u32) -> Result<Bytes, Failure> {
+        let (flag, most) = (flags & self.mask(), self.max_decompressed);
+        let expanded: Result<Vec<u8>, Failure> = if flag == self.lz4_flag {
+            #[cfg(feature = "lz4")]
+            let expanded = lz4::decompress(frame, most);
+            #[cfg(not(feature = "lz4"))]
+            let expanded = Err(Failure::NotBuiltIn("lz4"));
+            expanded
+        } else if flag == self.zstd_flag {
+            #[cfg(feature = "zstd")]
+            let expanded = zstd::decompress(frame, most);
+            #[cfg(not(feature = "zstd"))]
+            let expanded = Err(Failure::NotBuiltIn("zstd"));
+            expanded
+        } else {
+            Err(Failure::Corrupt("the flags are of neither algorithm"))
+        };
+        let _ = (frame, most);
+        expanded.map(Bytes::from)
+    }
+
+    fn failed(&self, failure: Failure, flags: u32) -> Error {
+        let most = self.max_decompressed;
+        let (kind, message) = match failure {
+            Failure::TooLarge => (
+                ErrorKind::ValueTooLarge,
+                format!("it would be over {most} bytes decompressed"),
+            ),
+            Failure::Corrupt(why) => (
+                ErrorKind::Codec,
+                format!("a value with the client flags {flags:#x} cannot be decompressed: {why}"),
+            ),
+            Failure::NotBuiltIn(feature) => (
+                ErrorKind::Unsupported,
+                format!("a value is compressed with {feature}, and the crate is built without it"),
+            ),
+        };
+        Error::new(kind, message).with_sent(Sent::Yes)
+    }
+}
