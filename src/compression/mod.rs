@@ -181,3 +181,6 @@ impl CompressionSettings {
         Error::new(kind, message).with_sent(Sent::Yes)
     }
 }
+
+#[cfg(all(test, feature = "lz4", feature = "zstd"))]
+mod tests;
