@@ -68,6 +68,8 @@ mod bulkhead;
 mod call;
 mod client;
 mod cluster;
+#[cfg(feature = "serde")]
+mod codec;
 mod compression;
 mod config;
 mod error;
@@ -99,6 +101,8 @@ pub use client::{
 pub use cluster::{
     Cluster, ClusterFuture, ClusterSettings, FailureMode, NodeSpec, RetryBudget, Ring,
 };
+#[cfg(feature = "serde")]
+pub use codec::{Codec, Format, Json, Postcard, Typed};
 pub use compression::{
     Algorithm, Compressed, CompressedFuture, CompressionLayer, CompressionSettings,
 };

@@ -29,6 +29,8 @@ pub use multi_get::{MultiGet, Outcome};
 use self::reconfigure::{Declared, Reconfigure, Timeout};
 use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
+#[cfg(feature = "serde")]
+use crate::compression::CompressionSettings;
 use crate::config::Config;
 use crate::error::{BoxError, Error, Invalid, Result};
 use crate::executor::{Spawner, after};
@@ -281,6 +283,12 @@ impl<S> Client<S> {
             Some(live) => live.reconfigure(config),
             None => Err(Error::configuration("this client's service is not ours")),
         }
+    }
+
+    /// The compression in force.
+    #[cfg(feature = "serde")]
+    pub(crate) fn compression(&self) -> Option<Arc<CompressionSettings>> {
+        self.shared.reads.compression().get()
     }
 
     /// What the client believes of each of its nodes; none for a client made

@@ -8,19 +8,19 @@ use crate::value::Value;
 
 /// How the read of one key ended.
 #[derive(Clone, Debug)]
-pub enum Outcome {
+pub enum Outcome<V = Value> {
     /// It is there.
-    Hit(Value),
+    Hit(V),
     /// Its node answered that it is not there.
     Miss,
     /// Whether it is there is not known.
     Error(Error),
 }
 
-impl Outcome {
+impl<V> Outcome<V> {
     /// The value of a hit.
     #[must_use]
-    pub fn value(&self) -> Option<&Value> {
+    pub fn value(&self) -> Option<&V> {
         match self {
             Self::Hit(value) => Some(value),
             Self::Miss | Self::Error(_) => None,
@@ -31,7 +31,7 @@ impl Outcome {
     ///
     /// # Errors
     /// The error of this key.
-    pub fn into_result(self) -> Result<Option<Value>> {
+    pub fn into_result(self) -> Result<Option<V>> {
         match self {
             Self::Hit(value) => Ok(Some(value)),
             Self::Miss => Ok(None),
@@ -40,8 +40,8 @@ impl Outcome {
     }
 }
 
-impl From<Result<Option<Value>>> for Outcome {
-    fn from(result: Result<Option<Value>>) -> Self {
+impl<V> From<Result<Option<V>>> for Outcome<V> {
+    fn from(result: Result<Option<V>>) -> Self {
         match result {
             Ok(Some(value)) => Self::Hit(value),
             Ok(None) => Self::Miss,
@@ -53,15 +53,21 @@ impl From<Result<Option<Value>>> for Outcome {
 /// What [`Client::get_many`](crate::Client::get_many) read: an [`Outcome`] for each key, in the
 /// order they were asked for. A node that is out makes errors of its own keys, and leaves the
 /// others alone.
-#[derive(Clone, Debug, Default)]
-pub struct MultiGet {
+#[derive(Clone, Debug)]
+pub struct MultiGet<V = Value> {
     /// An invalid key is none, and its outcome says so.
     keys: Vec<Option<Key>>,
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<Outcome<V>>,
 }
 
-impl MultiGet {
-    pub(super) fn new(keys: Vec<Option<Key>>, outcomes: Vec<Outcome>) -> Self {
+impl<V> Default for MultiGet<V> {
+    fn default() -> Self {
+        Self::new(Vec::new(), Vec::new())
+    }
+}
+
+impl<V> MultiGet<V> {
+    pub(super) fn new(keys: Vec<Option<Key>>, outcomes: Vec<Outcome<V>>) -> Self {
         Self { keys, outcomes }
     }
 
@@ -79,25 +85,25 @@ impl MultiGet {
 
     /// The outcomes, in the order of the keys.
     #[must_use]
-    pub fn outcomes(&self) -> &[Outcome] {
+    pub fn outcomes(&self) -> &[Outcome<V>] {
         &self.outcomes
     }
 
     /// The outcomes by value, in the order of the keys.
     #[must_use]
-    pub fn into_outcomes(self) -> Vec<Outcome> {
+    pub fn into_outcomes(self) -> Vec<Outcome<V>> {
         self.outcomes
     }
 
     /// The keys with their outcomes, in order, without keys that were invalid.
-    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Outcome)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Outcome<V>)> {
         let pairs = self.keys.iter().zip(&self.outcomes);
         pairs.filter_map(|(key, outcome)| Some((key.as_ref()?, outcome)))
     }
 
     /// The hits, by key.
     #[must_use]
-    pub fn into_hits(self) -> HashMap<Key, Value> {
+    pub fn into_hits(self) -> HashMap<Key, V> {
         let pairs = self.keys.into_iter().zip(self.outcomes);
         let hit = |(key, outcome)| match (key, outcome) {
             (Some(key), Outcome::Hit(value)) => Some((key, value)),
@@ -108,7 +114,7 @@ impl MultiGet {
 
     /// The outcome for a key, if it was asked for; a scan.
     #[must_use]
-    pub fn get(&self, key: impl AsRef<[u8]>) -> Option<&Outcome> {
+    pub fn get(&self, key: impl AsRef<[u8]>) -> Option<&Outcome<V>> {
         let wanted = key.as_ref();
         self.iter()
             .find(|(key, _)| key.as_bytes() == wanted)
@@ -122,5 +128,27 @@ impl MultiGet {
             Outcome::Error(error) => Some((place, error)),
             Outcome::Hit(_) | Outcome::Miss => None,
         })
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<V> MultiGet<V> {
+    pub(crate) fn map<W>(self, into: impl FnMut(Outcome<V>) -> Outcome<W>) -> MultiGet<W> {
+        let outcomes = self.outcomes.into_iter().map(into);
+        MultiGet::new(self.keys, outcomes.collect())
+    }
+
+    /// The keys with such errors, and their places.
+    pub(crate) fn keys_failed(&self, such: impl Fn(&Error) -> bool) -> (Vec<usize>, Vec<Key>) {
+        let failed = self.errors().filter(|(_, error)| such(error));
+        let placed = failed.filter_map(|(place, _)| Some((place, self.keys[place].clone()?)));
+        placed.unzip()
+    }
+
+    /// Puts the outcomes of others into these places.
+    pub(crate) fn put(&mut self, places: Vec<usize>, others: Self) {
+        for (place, outcome) in places.into_iter().zip(others.outcomes) {
+            self.outcomes[place] = outcome;
+        }
     }
 }

@@ -397,6 +397,21 @@ impl<S: Cache> Client<S> {
         E: Into<BoxError>,
     {
         let key = key.into_key()?;
+        self.load_by(self.query(ttl), key, loader).await
+    }
+
+    pub(crate) async fn load_by<F, Fut, V, E>(
+        &self,
+        query: Query<S>,
+        key: Key,
+        loader: F,
+    ) -> Result<Option<Value>>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Option<V>, E>>,
+        V: Into<Payload>,
+        E: Into<BoxError>,
+    {
         let mut loader = Some(loader);
         let mut loads = Loads::of_caller(|keys: Vec<Key>| {
             let loader = loader.take();
@@ -409,7 +424,7 @@ impl<S: Cache> Client<S> {
         });
         let reads = &self.shared.reads;
         let _operating = reads.tracker().operate()?;
-        reads.get(&self.query(ttl), key, &mut loads).await
+        reads.get(&query, key, &mut loads).await
     }
 
     /// Reads many values, and loads all that are missing in one call of the loader: it is given
@@ -439,6 +454,24 @@ impl<S: Cache> Client<S> {
         &self,
         keys: I,
         ttl: Ttl,
+        loader: F,
+    ) -> MultiGet
+    where
+        I: IntoIterator,
+        I::Item: IntoKey,
+        F: FnMut(Vec<Key>) -> Fut,
+        Fut: Future<Output = Result<M, E>>,
+        M: IntoIterator<Item = (Key, V)>,
+        V: Into<Payload>,
+        E: Into<BoxError>,
+    {
+        self.load_many_by(self.query(ttl), keys, loader).await
+    }
+
+    pub(crate) async fn load_many_by<I, F, Fut, M, V, E>(
+        &self,
+        query: Query<S>,
+        keys: I,
         mut loader: F,
     ) -> MultiGet
     where
@@ -459,7 +492,6 @@ impl<S: Cache> Client<S> {
                 Ok(loaded.into_iter().map(payload).collect())
             }
         });
-        let query = self.query(ttl);
         let reads = &self.shared.reads;
         let answers = match reads.tracker().operate() {
             Ok(_operating) => reads.get_many(&query, &asked.valid, &mut loads).await,
@@ -468,7 +500,7 @@ impl<S: Cache> Client<S> {
         asked.answered(answers)
     }
 
-    fn query(&self, ttl: Ttl) -> Query<S> {
+    pub(crate) fn query(&self, ttl: Ttl) -> Query<S> {
         Query::new(self.service.clone(), ttl, self.shared.timeout.get())
     }
 

@@ -170,7 +170,7 @@ impl CompressionSettings {
     }
 
     /// The bits that tell.
-    pub(super) fn mask(&self) -> u32 {
+    pub(crate) fn mask(&self) -> u32 {
         self.lz4_flag | self.zstd_flag
     }
 }
