@@ -31,4 +31,6 @@ mod subtleties;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;
+#[cfg(all(feature = "serde", feature = "lz4", feature = "zstd"))]
+mod values;
 mod wire_faults;

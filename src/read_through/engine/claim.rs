@@ -50,13 +50,23 @@ impl Engine {
         if Instant::now() >= by {
             return Claim::Load(Fill::Not);
         }
-        let recache = match wanted.early {
-            // It is of no use whatever is left to it.
-            _ if wanted.unreadable => LONGEST_RECACHE,
+        let mut recache = match wanted.early {
             // What has just this left now has less than a second more.
             Some(left) => left + Duration::from_secs(1),
             None => self.grace(wanted.away),
         };
+        if wanted.unreadable {
+            // Only if it is there still: the lease on its successor would be taken as well.
+            let asked = Instant::now();
+            match self.ask_lookup(query, &wanted.key, None, by).await {
+                Ok(lookup) => match lookup.found {
+                    Found::Value { .. } => return self.judge_claim(query, led, asked, lookup),
+                    Found::Unreadable => recache = LONGEST_RECACHE,
+                    Found::Nothing | Found::Absent { .. } => {}
+                },
+                Err(_) => return Claim::Load(Fill::Not),
+            }
+        }
         let terms = LeaseTerms::new(self.settings().lease_duration()).recache(recache);
         let asked = Instant::now();
         match self.ask_lookup(query, &wanted.key, Some(terms), by).await {
