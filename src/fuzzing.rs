@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::time::Instant;
 
+use crate::compression::CompressionSettings;
 use crate::error::{Charge, Error, ErrorKind, Result};
 use crate::key::Key;
 use crate::protocol::{Batch, Limits, Parser, Pipeline, Ticket};
@@ -101,6 +102,26 @@ pub fn reply_parser(data: &[u8]) {
     assert_eq!(names, woken.len(), "nobody is woken twice");
     for ticket in tickets.into_iter().flatten() {
         check(settled(&mut pipeline, &ticket), replies);
+    }
+}
+
+/// Decompression of any bytes with any client flags.
+///
+/// The first byte says as what they are flagged, and the next two how much may come of them.
+///
+/// # Panics
+/// If more comes of them, or is allocated for it, than may.
+pub fn decompress(data: &[u8]) {
+    let Some(([flags, low, high], frame)) = data.split_first_chunk() else {
+        return;
+    };
+    let most = usize::from(u16::from_le_bytes([*low, *high])) + 1;
+    let settings = CompressionSettings::default()
+        .lz4_flag(0b0010)
+        .zstd_flag(0b1000)
+        .max_decompressed(most);
+    if let Ok(expanded) = settings.expand(frame, u32::from(*flags)) {
+        assert!(expanded.capacity() <= most, "more than may be");
     }
 }
 

@@ -1,5 +1,5 @@
 //! `docs/CONFIGURATION.md` against the code: its settings, defaults, examples, errors and metrics.
-#![cfg(all(feature = "serde", feature = "tls"))]
+#![cfg(all(feature = "serde", feature = "tls", feature = "lz4"))]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, from_value, json, to_value};
 use tower_memcached::{
-    Client, ClientBuilder, Config, EjectionCause, Error, ExecutorConfig, GroupSettings, LoadLimits,
-    NodeConfig, ReadThroughSettings, TlsSettings,
+    Client, ClientBuilder, CompressionSettings, Config, EjectionCause, Error, ExecutorConfig,
+    GroupSettings, LoadLimits, NodeConfig, ReadThroughSettings, TlsSettings,
 };
 
 const GUIDE: &str = include_str!("../docs/CONFIGURATION.md");
@@ -55,6 +55,9 @@ fn defaults() -> Defaults {
     let executor: ExecutorConfig = from_value(json!({ "kind": "dedicated" })).expect("an executor");
     collect("executor", &json_of(executor), &mut all);
     collect("tls", &json_of(TlsSettings::default()), &mut all);
+    let compression = json_of(CompressionSettings::default());
+    collect("compression", &compression, &mut all);
+    all.insert("compression".to_owned(), Some(Value::Null));
     let required = [
         "nodes[].address",
         "executor.kind",
@@ -155,6 +158,9 @@ fn changed(config: &Value, path: &str) -> Value {
         json!("<name>"),
         json!({ "nodelay": false }),
         json!({}),
+        json!("lz4"),
+        json!(64),
+        json!(1 << 4),
         json!({ "kind": "dedicated" }),
         json!({ "user": "user", "password": "password" }),
         json!([{ "address": "127.0.0.1:1", "weight": 2 }]),
@@ -181,6 +187,7 @@ fn what_can_be_changed_at_run_time_is_said_of_each_setting() {
         "nodes": ["127.0.0.1:1"],
         "executor": { "kind": "current" },
         "connections": 2,
+        "compression": {},
         "databases": { "<name>": { "rate": 100 } },
         "groups": { "<name>": { "max_in_flight": 10, "rate": 100, "nodes": ["127.0.0.1:2"] } },
     }))

@@ -34,6 +34,12 @@ fn replay(target: &str, run: fn(&[u8])) {
 }
 
 #[test]
+#[cfg(all(feature = "lz4", feature = "zstd"))]
+fn the_decompression_survives_its_corpus() {
+    replay("decompress", fuzzing::decompress);
+}
+
+#[test]
 fn the_reply_parser_survives_its_corpus() {
     replay("reply_parser", fuzzing::reply_parser);
 }

@@ -223,7 +223,7 @@ impl<L, N> ClientBuilder<L, N> {
     /// client flags are the caller's alone.
     ///
     /// It is around the whole client: layers see what is on the wire. It computes on the task of the
-    /// caller, whose time it takes: about 1 ms for each MiB that is decompressed, and 2 to 10 ms to
+    /// caller, whose time it takes: about 2 ms for each MiB that is decompressed, and 4 to 8 ms to
     /// compress it. `append` and `prepend` are then an
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported), since what is there may be compressed,
     /// and a payload with [client flags](crate::Payload::with_flags) that say that it is compressed is an

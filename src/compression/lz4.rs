@@ -10,7 +10,7 @@ use lz4_flex::block::{DecompressError, decompress_into_with_dict};
 use lz4_flex::frame::{FrameEncoder, FrameInfo};
 use twox_hash::XxHash32;
 
-use super::Failure;
+use super::{Failure, make_room};
 
 const MAGIC: u32 = 0x184d_2204;
 
@@ -167,16 +167,6 @@ pub(super) fn decompress(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> 
         return Err(OTHER_SIZE);
     }
     Ok(output)
-}
-
-/// So many zeros more, growing as a vector does but to no more than `most`.
-fn make_room(output: &mut Vec<u8>, room: usize, most: usize) {
-    let needed = output.len() + room;
-    if needed > output.capacity() {
-        let grown = needed.max(output.capacity().saturating_mul(2)).min(most);
-        output.reserve_exact(grown - output.len());
-    }
-    output.resize(needed, 0);
 }
 
 const OTHER_SIZE: Failure = Failure::Corrupt("it is not as large as it says");

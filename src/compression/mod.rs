@@ -15,7 +15,6 @@ mod zstd;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
-use bytes::Bytes;
 
 pub use layer::{Compressed, CompressedFuture, CompressionLayer};
 pub use settings::{Algorithm, CompressionSettings};
@@ -47,13 +46,50 @@ impl Slot {
 
 /// Why there is nothing to be had of a frame.
 #[derive(Debug, PartialEq, Eq)]
+// Which there are depends on the features.
+#[allow(dead_code)]
 pub(crate) enum Failure {
     TooLarge,
-    #[cfg_attr(not(any(feature = "lz4", feature = "zstd")), expect(dead_code))]
     Corrupt(&'static str),
     /// Which feature the crate would have to be built with.
-    #[cfg_attr(all(feature = "lz4", feature = "zstd"), expect(dead_code))]
     NotBuiltIn(&'static str),
+}
+
+#[cfg(not(feature = "lz4"))]
+mod lz4 {
+    use super::Failure;
+
+    pub(super) fn compress(_: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+
+    pub(super) fn decompress(_: &[u8], _: usize) -> Result<Vec<u8>, Failure> {
+        Err(Failure::NotBuiltIn("lz4"))
+    }
+}
+
+#[cfg(not(feature = "zstd"))]
+mod zstd {
+    use super::Failure;
+
+    pub(super) fn compress(_: &[u8], _: i32) -> Option<Vec<u8>> {
+        None
+    }
+
+    pub(super) fn decompress(_: &[u8], _: usize) -> Result<Vec<u8>, Failure> {
+        Err(Failure::NotBuiltIn("zstd"))
+    }
+}
+
+/// So many zeros more, growing as a vector does but to no more than `most`.
+#[cfg(any(feature = "lz4", feature = "zstd"))]
+fn make_room(output: &mut Vec<u8>, room: usize, most: usize) {
+    let needed = output.len() + room;
+    if needed > output.capacity() {
+        let grown = needed.max(output.capacity().saturating_mul(2)).min(most);
+        output.reserve_exact(grown - output.len());
+    }
+    output.resize(needed, 0);
 }
 
 impl CompressionSettings {
@@ -83,12 +119,10 @@ impl CompressionSettings {
         if data.len() < self.threshold || data.len() > self.max_decompressed {
             return Ok(());
         }
-        let (compressed, flag): (Option<Vec<u8>>, _) = match self.algorithm {
-            #[cfg(feature = "lz4")]
+        let (compressed, flag) = match self.algorithm {
             Algorithm::Lz4 => (lz4::compress(data), self.lz4_flag),
-            #[cfg(feature = "zstd")]
             Algorithm::Zstd => (zstd::compress(data, self.level), self.zstd_flag),
-            _ => (None, 0),
+            Algorithm::None => return Ok(()),
         };
         if let Some(compressed) = compressed
             && compressed.len() < data.len()
@@ -135,31 +169,22 @@ impl CompressionSettings {
         }
         let flags = value.flags();
         match self.expand(&value, flags) {
-            Ok(data) => Ok(value.recoded(data, flags & !self.mask())),
+            Ok(data) => Ok(value.recoded(data.into(), flags & !self.mask())),
             Err(failure) => Err(self.failed(failure, flags)),
         }
     }
 
-    /// What a frame with these client flags stands for.
-    pub(crate) fn expand(&self, frame: &[u8], flags: u32) -> Result<Bytes, Failure> {
+    /// What a frame with these client flags stands for. Never are more bytes allocated for it than it may
+    /// stand for.
+    pub(crate) fn expand(&self, frame: &[u8], flags: u32) -> Result<Vec<u8>, Failure> {
         let (flag, most) = (flags & self.mask(), self.max_decompressed);
-        let expanded: Result<Vec<u8>, Failure> = if flag == self.lz4_flag {
-            #[cfg(feature = "lz4")]
-            let expanded = lz4::decompress(frame, most);
-            #[cfg(not(feature = "lz4"))]
-            let expanded = Err(Failure::NotBuiltIn("lz4"));
-            expanded
+        if flag == self.lz4_flag {
+            lz4::decompress(frame, most)
         } else if flag == self.zstd_flag {
-            #[cfg(feature = "zstd")]
-            let expanded = zstd::decompress(frame, most);
-            #[cfg(not(feature = "zstd"))]
-            let expanded = Err(Failure::NotBuiltIn("zstd"));
-            expanded
+            zstd::decompress(frame, most)
         } else {
             Err(Failure::Corrupt("the flags are of neither algorithm"))
-        };
-        let _ = (frame, most);
-        expanded.map(Bytes::from)
+        }
     }
 
     fn failed(&self, failure: Failure, flags: u32) -> Error {
@@ -184,3 +209,31 @@ impl CompressionSettings {
 
 #[cfg(all(test, feature = "lz4", feature = "zstd"))]
 mod tests;
+
+#[cfg(all(test, not(feature = "zstd")))]
+mod tests_without_zstd {
+    use super::*;
+
+    #[test]
+    fn what_the_crate_cannot_decompress_is_unsupported_and_never_given_out() {
+        let settings = CompressionSettings::default();
+        let value = Value::new("a frame", settings.zstd_flag);
+        let error = settings.decompress(value).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (ErrorKind::Unsupported, Sent::Yes)
+        );
+    }
+
+    #[test]
+    fn what_the_crate_cannot_compress_is_refused() {
+        let settings = CompressionSettings::default().algorithm(Algorithm::Zstd);
+        let error = Error::from(settings.validate().unwrap_err());
+        assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
+        assert!(
+            error
+                .to_string()
+                .contains("algorithm: the crate is built without")
+        );
+    }
+}

@@ -6,7 +6,7 @@ use zstd::bulk::Compressor;
 use zstd::stream::read::Decoder;
 use zstd::zstd_safe::get_frame_content_size;
 
-use super::Failure;
+use super::{Failure, make_room};
 
 /// The window that the format recommends every reader to have, 8 MiB, as a power of two. Without it
 /// what other writers stream could not be read however short it is.
@@ -18,8 +18,8 @@ pub(super) fn compress(data: &[u8], level: i32) -> Option<Vec<u8>> {
     compressor.compress(data).ok()
 }
 
-/// What a frame stands for, if that is no more than `most` bytes. Never are more allocated for it; and
-/// 8 MiB or `most` for the window of one that does not say how large it is.
+/// What a frame stands for, if that is no more than `most` bytes; never are more allocated for it,
+/// besides a window of 8 MiB or `most` for one that does not say how large it is.
 pub(super) fn decompress(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> {
     let size = get_frame_content_size(frame).map_err(|_| UNREADABLE)?;
     match size.map(usize::try_from) {
@@ -36,20 +36,28 @@ pub(super) fn decompress(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> 
 }
 
 fn stream(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> {
+    const AT_LEAST: usize = 16 << 10;
     let window = most.next_power_of_two().trailing_zeros().clamp(WINDOW, 27);
-    let read = || {
-        let mut decoder = Decoder::with_buffer(frame)?;
-        decoder.window_log_max(window)?;
-        let (mut data, most) = (Vec::new(), most as u64);
-        decoder
-            .take(most.saturating_add(1))
-            .read_to_end(&mut data)?;
-        Ok::<_, std::io::Error>(data)
-    };
-    match read() {
-        Ok(data) if data.len() > most => Err(Failure::TooLarge),
-        Ok(data) => Ok(data),
-        Err(_) => Err(UNREADABLE),
+    let mut decoder = Decoder::with_buffer(frame).map_err(|_| UNREADABLE)?;
+    decoder.window_log_max(window).map_err(|_| UNREADABLE)?;
+    let mut data = Vec::new();
+    loop {
+        let written = data.len();
+        let room = written.max(AT_LEAST).min(most - written);
+        if room == 0 {
+            // There may be no more.
+            return match decoder.read(&mut [0]) {
+                Ok(0) => Ok(data),
+                Ok(_) => Err(Failure::TooLarge),
+                Err(_) => Err(UNREADABLE),
+            };
+        }
+        make_room(&mut data, room, most);
+        let read = decoder.read(&mut data[written..]).map_err(|_| UNREADABLE)?;
+        data.truncate(written + read);
+        if read == 0 {
+            return Ok(data);
+        }
     }
 }
 

@@ -159,6 +159,7 @@ impl<S> Query<S> {
     }
 
     /// Loads anew, and replaces, what is not accepted.
+    #[cfg(feature = "serde")]
     pub(crate) fn accepting(
         mut self,
         accepts: impl Fn(&Value) -> bool + Send + Sync + 'static,
