@@ -96,9 +96,10 @@ impl CompressionSettings {
     /// Compresses what a request writes.
     pub(crate) fn write(&self, request: &mut Request) -> Result<()> {
         match request.operation_mut() {
-            Operation::Store { mode, .. }
-                if matches!(mode, StoreMode::Append | StoreMode::Prepend) =>
-            {
+            Operation::Store {
+                mode: StoreMode::Append | StoreMode::Prepend,
+                ..
+            } => {
                 let message =
                     "what is there may be compressed, and can be neither appended nor prepended to";
                 Err(Error::new(ErrorKind::Unsupported, message))
