@@ -4,6 +4,7 @@
 //! Handles are made when first used and made anew every 10 s, so that a recorder that is installed
 //! after the client was built counts too, from then on.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -27,6 +28,11 @@ pub const QUEUE_DEPTH: &str = "memcached_queue_depth";
 pub const CONNECTIONS: &str = "memcached_connections";
 /// A node's circuit breaker: 0 closed, 1 ramping, 2 half-open, 3 open; a gauge. Label: `node`.
 pub const BREAKER_STATE: &str = "memcached_breaker_state";
+/// What decides where keys go, as a number ([`Client::ring_fingerprint`](crate::Client::ring_fingerprint));
+/// a gauge, set each second, 0 while there are no nodes. Services that share a cache must show the same
+/// one: `count(count_values("ring", memcached_ring_fingerprint))` over those that do is 1. Label: `group`
+/// whose nodes they are (`client` for those of the whole client).
+pub const RING_FINGERPRINT: &str = "memcached_ring_fingerprint";
 /// A node's circuit breaker opened. Labels: `node`, `cause`
 /// ([`EjectionCause::name`](crate::EjectionCause::name)).
 pub const EJECTIONS: &str = "memcached_ejections_total";
@@ -85,6 +91,48 @@ pub const LOADS_SHED: &str = "memcached_loads_shed_total";
 pub const LOADS_RUNNING: &str = "memcached_loads_running";
 /// Loads that wait for their turn now; a gauge. Label: `guard`.
 pub const LOADS_QUEUED: &str = "memcached_loads_queued";
+
+/// A ring's fingerprint, shown for as long as it is there.
+#[derive(Debug)]
+pub(crate) struct RingMark {
+    group: Arc<str>,
+    fingerprint: AtomicU64,
+}
+
+impl RingMark {
+    pub(crate) fn new(group: impl Into<Arc<str>>) -> Self {
+        Self {
+            group: group.into(),
+            fingerprint: AtomicU64::new(0),
+        }
+    }
+
+    #[allow(dead_code)]
+    pub(crate) fn group(&self) -> &Arc<str> {
+        &self.group
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.fingerprint.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set(&self, fingerprint: u64) {
+        self.fingerprint.store(fingerprint, Ordering::Release);
+    }
+
+    /// Again and again, for a recorder may have been installed since.
+    pub(crate) fn show(&self) {
+        // Under 2^53: nothing of it is lost.
+        gauge!(RING_FINGERPRINT, "group" => self.group.clone()).set(self.get() as f64);
+    }
+}
+
+impl Drop for RingMark {
+    fn drop(&mut self) {
+        self.set(0);
+        self.show();
+    }
+}
 
 /// Loads are rare compared with requests: their handles are made at each use.
 pub(crate) fn load_ended(guard: &Arc<str>, result: &'static str, took: Option<Duration>) {

@@ -299,6 +299,19 @@ impl<S> Client<S> {
         cluster.map_or_else(Vec::new, |cluster| cluster.nodes())
     }
 
+    /// What decides where this client's keys go, or a group's with nodes of its own, as a number: the ring,
+    /// and the names and weights of the nodes ([`Ring::fingerprint`](crate::Ring::fingerprint)). Two
+    /// services that share a cache look for the same key on different nodes unless they have the same
+    /// one. It is in [`NodeStatus::ring`] and in the metric
+    /// [`memcached_ring_fingerprint`](crate::telemetry::RING_FINGERPRINT), too.
+    ///
+    /// 0 while there are no nodes, and for a client made [`from_service`](Self::from_service).
+    #[must_use]
+    pub fn ring_fingerprint(&self) -> u64 {
+        let cluster = self.shared.cluster.as_ref();
+        cluster.map_or(0, |cluster| cluster.ring_fingerprint())
+    }
+
     /// Each node's status, whenever its circuit breaker has changed its state; first of all, what
     /// each is now. For logs and dashboards.
     ///

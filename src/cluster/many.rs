@@ -306,6 +306,11 @@ impl<S: Service<Request> + Clone> Every<S> {
             attempts,
         }
     }
+
+    /// There are no nodes.
+    pub(super) fn asks_nobody(&self) -> bool {
+        self.attempts.is_empty()
+    }
 }
 
 impl<S> Every<S>

@@ -39,7 +39,7 @@ use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::shutdown::{UnflushedJournal, Until, shut_down};
-use crate::telemetry::Event;
+use crate::telemetry::{Event, RingMark};
 use crate::transport::PipelinedSettings;
 
 /// What becomes of requests whose node's circuit breaker is open, and of attempts that fail.
@@ -156,6 +156,7 @@ pub(crate) type NodeFactory<S> = Arc<dyn Fn(&NodeSpec) -> Node<S> + Send + Sync>
 
 /// How one functional group's requests are sent.
 pub(crate) struct GroupRoute {
+    pub(crate) name: Arc<str>,
     pub(crate) settings: ClusterSettings,
     /// Nodes of its own; the cluster's if there are none.
     pub(crate) nodes: Option<Vec<NodeSpec>>,
@@ -168,6 +169,8 @@ struct Pool<S> {
     replacing: Mutex<()>,
     retired: Mutex<Vec<Weak<NodeShared>>>,
     ring: Ring,
+    /// What shows whether others have the same ring.
+    mark: Arc<RingMark>,
     factory: NodeFactory<S>,
     /// Told whenever a node's state changes, or the nodes do, of any pool of the cluster.
     changes: watch::Sender<()>,
@@ -202,17 +205,22 @@ impl Policy {
 
 impl<S> Pool<S> {
     fn new(
+        name: Arc<str>,
         ring: Ring,
         specs: Vec<NodeSpec>,
         factory: NodeFactory<S>,
         changes: watch::Sender<()>,
     ) -> Self {
         let closing = watch::Sender::new(false);
+        let mark = Arc::new(RingMark::new(name));
+        mark.set(ring.fingerprint(&specs));
+        mark.show();
         let members = specs
             .into_iter()
             .map(|spec| {
                 let node = factory(&spec);
                 node.report_to(&changes);
+                node.shared().is_on(&mark);
                 node.shared().lingers_until(closing.subscribe());
                 Member { node, spec }
             })
@@ -222,6 +230,7 @@ impl<S> Pool<S> {
             replacing: Mutex::default(),
             retired: Mutex::default(),
             ring,
+            mark,
             factory,
             changes,
             closing,
@@ -257,6 +266,7 @@ impl<S: Clone> Pool<S> {
                 node: Self::known(&current, spec).unwrap_or_else(|| {
                     let node = (self.factory)(spec);
                     node.report_to(&self.changes);
+                    node.shared().is_on(&self.mark);
                     node.shared().lingers_until(self.closing.subscribe());
                     node
                 }),
@@ -277,9 +287,18 @@ impl<S: Clone> Pool<S> {
                     node.shared().take_over(book);
                 }
             }
+            // What is at another address now may be the same server, with what it had, or another one.
+            for Member { node, spec } in &members {
+                let former = current.book_of_name(spec);
+                for book in former.into_iter().chain(current.nowhere()) {
+                    node.shared().inherit(book);
+                }
+            }
+            self.mark.set(self.ring.fingerprint(specs));
             let next = Arc::new(current.followed_by(layout, members));
             (self.topology.swap(next.clone()), next)
         };
+        self.mark.show();
         for member in before.members() {
             let id = member.node.shared().id();
             let mut kept = after.members().iter();
@@ -365,10 +384,12 @@ impl<S> Cluster<S> {
         executor: &Executor,
         factory: impl Fn(&NodeSpec) -> Node<S> + Send + Sync + 'static,
     ) -> Result<Self> {
+        topology::validate(&specs)?;
         let factory = Arc::new(factory);
         Self::from_factory(settings, specs, Vec::new(), executor.start()?, factory)
     }
 
+    /// The first nodes, which have been validated, may be none: then they have yet to be found.
     pub(crate) fn from_factory(
         settings: ClusterSettings,
         specs: Vec<NodeSpec>,
@@ -379,10 +400,9 @@ impl<S> Cluster<S> {
         let phase = Arc::<Phase>::default();
         let changes = watch::Sender::new(());
         let kill_switch = KillSwitch::default();
-        let pool = |settings: &ClusterSettings, specs: Vec<NodeSpec>| {
-            topology::validate(&specs)?;
+        let pool = |name: Arc<str>, settings: &ClusterSettings, specs: Vec<NodeSpec>| {
             let (ring, factory) = (settings.ring.clone(), factory.clone());
-            let pool = Pool::new(ring, specs, factory, changes.clone());
+            let pool = Pool::new(name, ring, specs, factory, changes.clone());
             Ok::<_, Error>(Arc::new(pool))
         };
         let route = |settings: ClusterSettings, pool, groups| {
@@ -396,10 +416,13 @@ impl<S> Cluster<S> {
                 kill_switch: kill_switch.clone(),
             }))
         };
-        let main = pool(&settings, specs)?;
+        let main = pool("client".into(), &settings, specs)?;
         let groups = groups.into_iter().map(|group| {
             let pool = match group.nodes {
-                Some(specs) => pool(&group.settings, specs)?,
+                Some(specs) => {
+                    topology::validate(&specs)?;
+                    pool(group.name, &group.settings, specs)?
+                }
                 None => main.clone(),
             };
             route(group.settings, pool, Vec::new())
@@ -497,6 +520,13 @@ impl<S> Cluster<S> {
         Ok(())
     }
 
+    /// What decides where its keys go, as a number: see
+    /// [`Client::ring_fingerprint`](crate::Client::ring_fingerprint).
+    #[must_use]
+    pub fn ring_fingerprint(&self) -> u64 {
+        self.shared.pool.mark.get()
+    }
+
     /// What is believed of each node now, those that functional groups have of their own included.
     #[must_use]
     pub fn nodes(&self) -> Vec<NodeStatus> {
@@ -509,6 +539,7 @@ impl<S> Cluster<S> {
 pub(crate) trait Control: Send + Sync {
     fn nodes(&self) -> Vec<NodeStatus>;
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()>;
+    fn ring_fingerprint(&self) -> u64;
     /// The parts of a shutdown that are the cluster's, for whoever takes no new requests.
     fn settled(&self, until: Until) -> BoxFuture<'_, ()>;
     fn delete_once_more(&self) -> BoxFuture<'_, ()>;
@@ -539,6 +570,10 @@ impl<S: Clone + Send + Sync> Control for View<S> {
             return Err(Error::configuration(message));
         }
         self.cluster.set_nodes_of(self.route, specs)
+    }
+
+    fn ring_fingerprint(&self) -> u64 {
+        self.cluster.route(self.route).pool.mark.get()
     }
 
     fn settled(&self, until: Until) -> BoxFuture<'_, ()> {

@@ -19,6 +19,12 @@ use crate::request::{Operation, Origin, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 use crate::telemetry::Event;
 
+/// Of a request that comes before the first nodes have been found.
+pub(super) fn no_nodes() -> Error {
+    let message = "discovery has found no nodes yet";
+    Error::new(ErrorKind::NodeUnavailable, message)
+}
+
 /// What became of placing a request.
 pub(super) enum Placed<T> {
     At(T),
@@ -120,7 +126,10 @@ impl<S> Shared<S> {
         start: impl FnOnce(&Node<S>, Origin) -> T,
     ) -> Placed<T> {
         let topology = self.topology();
-        let home = topology.home(errand.key);
+        let Some(home) = topology.home(errand.key) else {
+            self.forget_everywhere(&topology, errand);
+            return Placed::Settled(Err(no_nodes()));
+        };
         let standing = standing(home, errand.key);
         if standing == Standing::Good {
             self.forget_elsewhere(&topology, errand, home);
@@ -189,7 +198,7 @@ impl<S> Shared<S> {
         if self.too_many_open(&topology) {
             return None;
         }
-        let home = topology.home(errand.key);
+        let home = topology.home(errand.key)?;
         // The topology may have changed, and the key's home with it.
         if !tries.spent.contains(&home.shared().id())
             && standing(home, errand.key) == Standing::Good
@@ -235,7 +244,9 @@ impl<S> Shared<S> {
 
     /// What is done before a request goes to a node that is not its key's home.
     fn move_to(&self, topology: &Topology<S>, errand: Errand<'_>, refuge: &Node<S>) {
-        topology.home(errand.key).shared().count(Event::Failover);
+        if let Some(home) = topology.home(errand.key) {
+            home.shared().count(Event::Failover);
+        }
         self.leave_at(topology, errand, refuge.shared());
         if let Some(key) = errand.written() {
             for node in before(topology, key, refuge.shared()) {
@@ -290,8 +301,11 @@ impl<S> Shared<S> {
 
     /// A write that no node is asked for.
     fn forget_everywhere(&self, topology: &Topology<S>, errand: Errand<'_>) {
-        if errand.written().is_some() {
-            let home = topology.home(errand.key);
+        if let Some(key) = errand.written() {
+            let Some(home) = topology.home(key) else {
+                topology.note(key);
+                return;
+            };
             // Nothing else may be asked of it for long.
             home.shared().ensure_kept();
             home.shared().outdate(errand.key, Reason::Outdated);

@@ -113,6 +113,14 @@ impl Ring {
         Continuum::new(self.rules, nodes.len(), points)
     }
 
+    /// What it is called in a fingerprint.
+    pub(crate) fn label(&self) -> &'static str {
+        match self.rules {
+            Rules::Libmemcached => "libmemcached",
+            Rules::Spymemcached => "spymemcached",
+        }
+    }
+
     /// What stands before `-0`, `-1`, … in the text whose digests are the node's points.
     fn name(&self, name: NodeName<'_>) -> String {
         match (self.rules, name) {
@@ -192,8 +200,8 @@ impl Continuum {
 
     /// The node that `key` lives on: one MD5 and an indexed search, or neither where there is one node.
     ///
-    /// The index is that of the list the continuum was built from. That list must not be empty: there is
-    /// nothing for the 0 that it answers to refer to.
+    /// The index is that of the list the continuum was built from. Where that was empty there is nothing
+    /// for the 0 that it answers to refer to.
     #[inline]
     pub(crate) fn primary(&self, key: &[u8]) -> usize {
         if self.nodes <= 1 {

@@ -14,7 +14,7 @@ use tower::Service;
 
 use super::hedge::Hedge;
 use super::many::{Every, Many};
-use super::place::{Errand, Placed};
+use super::place::{Errand, Placed, no_nodes};
 use super::{After, Pool, Shared, Tries};
 use crate::error::{BoxError, Error, ErrorKind, Result};
 use crate::executor::after;
@@ -101,6 +101,9 @@ where
         S: 'a,
     {
         let every = Box::new(Every::new(pools, &request));
+        if every.asks_nobody() {
+            return Self::settled(Err(no_nodes()));
+        }
         Self {
             path: Path::Every { every },
         }

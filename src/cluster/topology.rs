@@ -4,6 +4,8 @@
 //! former [`Layout`]s, and with them the [`Book`]s of servers that are no nodes any more: a write
 //! outdates its key wherever it was before.
 
+use std::collections::HashSet;
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::ring::{Continuum, NodeName, Ring, RingNode};
@@ -14,9 +16,14 @@ use crate::transport::{Address, Protocol};
 
 /// A node as it is configured: its name as the user wrote it, where that is, and its share of the
 /// keys.
+///
+/// The name alone decides which keys are its own. A node that [moves](Self::at) to another address
+/// keeps them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeSpec {
     pub(crate) name: Arc<str>,
+    /// The name as an address: what the ring knows it by.
+    pub(crate) identity: Address,
     pub(crate) address: Address,
     pub(crate) weight: u32,
     /// Where it is not the client's.
@@ -24,18 +31,40 @@ pub struct NodeSpec {
 }
 
 impl NodeSpec {
-    /// A node of weight 1.
+    /// A node of weight 1, at the address that is its name.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if `address` is
-    /// none (see [`Address`]).
-    pub fn new(address: &str) -> Result<Self> {
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if `name` is no
+    /// address (see [`Address`]).
+    pub fn new(name: &str) -> Result<Self> {
+        let address: Address = name.parse()?;
         Ok(Self {
-            name: address.into(),
-            address: address.parse()?,
+            name: name.into(),
+            identity: address.clone(),
+            address,
             weight: 1,
             protocol: None,
         })
+    }
+
+    /// Connections to it are made to another address than its name: `cache-a` at `10.0.0.7` now. Its
+    /// keys stay its own, wherever it is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if `address` is
+    /// none.
+    ///
+    /// ```
+    /// use tower_memcached::NodeSpec;
+    ///
+    /// let spec = NodeSpec::new("cache-a:11211")?.at("10.0.0.7:11211")?;
+    /// assert_eq!(&**spec.name(), "cache-a:11211");
+    /// assert_eq!(spec.address().to_string(), "10.0.0.7:11211");
+    /// # Ok::<(), tower_memcached::Error>(())
+    /// ```
+    pub fn at(mut self, address: &str) -> Result<Self> {
+        self.address = address.parse()?;
+        Ok(self)
     }
 
     /// Gives it a share of the keys in proportion to its weight.
@@ -58,7 +87,7 @@ impl NodeSpec {
         &self.name
     }
 
-    /// Where it is.
+    /// Where it is: what its name says, unless it is [elsewhere](Self::at).
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.address
@@ -71,7 +100,7 @@ impl NodeSpec {
     }
 
     fn ring_node(&self) -> RingNode<'_> {
-        let name = match self.address.host_and_port() {
+        let name = match self.identity.host_and_port() {
             Some((host, port)) => NodeName::Tcp { host, port },
             None => NodeName::Unix(&self.name),
         };
@@ -90,6 +119,56 @@ impl Ring {
         let ring: Vec<_> = nodes.iter().map(NodeSpec::ring_node).collect();
         (!nodes.is_empty()).then(|| self.build(&ring).primary(key.as_bytes()))
     }
+
+    /// A number for what decides where keys go: this ring, and the names and weights of the nodes.
+    /// Wherever it is the same, for the same crate or another version of it, on any machine, the same
+    /// key goes to the node of the same name; where it differs some keys do not, or might not when a
+    /// node is out.
+    ///
+    /// The order of the nodes does not count, nor do their addresses, nor a default port that is
+    /// written or not; of weights only their proportion does. 0 stands for no nodes.
+    ///
+    /// It is less than 2^53, so that what passes it on as a floating-point number (metrics, JSON)
+    /// passes on all of it.
+    ///
+    /// ```
+    /// use tower_memcached::{NodeSpec, Ring};
+    ///
+    /// let nodes = |names: [&str; 2]| names.map(|name| NodeSpec::new(name).unwrap());
+    /// let one = Ring::default().fingerprint(&nodes(["cache-a", "cache-b"]));
+    /// let other = Ring::default().fingerprint(&nodes(["cache-b:11211", "cache-a"]));
+    /// assert_eq!(one, other);
+    /// assert_ne!(one, Ring::default().fingerprint(&nodes(["cache-a", "cache-c"])));
+    /// ```
+    #[must_use]
+    pub fn fingerprint(&self, nodes: &[NodeSpec]) -> u64 {
+        if nodes.is_empty() {
+            return 0;
+        }
+        let divisor = nodes.iter().fold(0, |gcd, node| divisor(gcd, node.weight));
+        let mut lines: Vec<_> = nodes
+            .iter()
+            .map(|node| format!("{} {}\n", node.identity, node.weight / divisor.max(1)))
+            .collect();
+        lines.sort_unstable();
+        let mut text = format!("{}\n", self.label());
+        for line in lines {
+            let _infallible = text.write_str(&line);
+        }
+        // FNV-1a of 64 bits, folded.
+        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        ((hash >> 53) ^ (hash & ((1 << 53) - 1))).max(1)
+    }
+}
+
+/// The greatest common divisor; the other of the two if one is 0.
+fn divisor(a: u32, b: u32) -> u32 {
+    match b {
+        0 => a,
+        _ => divisor(b, a % b),
+    }
 }
 
 /// Refuses lists that cannot be what the user means.
@@ -98,6 +177,8 @@ pub(crate) fn validate(specs: &[NodeSpec]) -> Result<(), Invalid> {
     if specs.is_empty() {
         return refuse("there are no nodes");
     }
+    let mut names = HashSet::with_capacity(specs.len());
+    let mut addresses = HashSet::with_capacity(specs.len());
     if specs.len() > usize::from(u16::MAX) {
         return refuse("there are more than 65,535");
     }
@@ -107,11 +188,12 @@ pub(crate) fn validate(specs: &[NodeSpec]) -> Result<(), Invalid> {
         if spec.weight == 0 {
             return refuse(format!("{name:?} has the weight 0"));
         }
-        if specs[..index]
-            .iter()
-            .any(|other| other.address == spec.address)
-        {
+        if !names.insert(&spec.identity) {
             return refuse(format!("{name:?} is there twice"));
+        }
+        if !addresses.insert(&spec.address) {
+            let address = &spec.address;
+            return refuse(format!("{name:?} is at {address}, where another is"));
         }
     }
     Ok(())
@@ -120,6 +202,9 @@ pub(crate) fn validate(specs: &[NodeSpec]) -> Result<(), Invalid> {
 /// How many former layouts are remembered.
 pub(super) const FORMERS: usize = 8;
 
+/// How many keys are remembered that were to be written before there were nodes.
+const WRITTEN_NOWHERE: usize = 10_000;
+
 #[derive(Debug)]
 pub(super) struct Topology<S> {
     members: Box<[Member<S>]>,
@@ -127,6 +212,8 @@ pub(super) struct Topology<S> {
     /// Others that there were before, the latest first. What was written under these may still be
     /// where it was written.
     formers: Box<[Layout]>,
+    /// Where there are no nodes yet: what they have to forget once they are found.
+    nowhere: Option<Arc<Book>>,
 }
 
 #[derive(Debug)]
@@ -139,6 +226,9 @@ impl<S> Topology<S> {
     pub(super) fn new(ring: &Ring, members: Vec<Member<S>>) -> Self {
         Self {
             layout: Layout::new(ring, &members),
+            nowhere: members
+                .is_empty()
+                .then(|| Arc::new(Book::new(WRITTEN_NOWHERE))),
             members: members.into(),
             formers: Box::default(),
         }
@@ -149,8 +239,9 @@ impl<S> Topology<S> {
         let formers = std::iter::once(&self.layout).chain(&self.formers);
         let formers = formers
             .map(Layout::up_to_date)
-            .filter(|former| !former.is_same(&layout));
+            .filter(|former| !former.servers.is_empty() && !former.is_same(&layout));
         Self {
+            nowhere: None,
             formers: formers.take(FORMERS).collect(),
             members: members.into(),
             layout,
@@ -166,12 +257,33 @@ impl<S> Topology<S> {
         members.eq(specs)
     }
 
+    /// A key is written while there are no nodes: it is not, but nobody must read it as it was.
+    pub(super) fn note(&self, key: &Key) {
+        if let Some(nowhere) = &self.nowhere {
+            nowhere.outdate(key, Reason::Outdated);
+        }
+    }
+
+    /// What was written while there were no nodes.
+    pub(super) fn nowhere(&self) -> Option<&Arc<Book>> {
+        self.nowhere.as_ref()
+    }
+
     /// What is known of the server at `address`, if it is one of the nodes, or was lately.
     pub(super) fn book_of(&self, address: &Address) -> Option<&Arc<Book>> {
         let layouts = std::iter::once(&self.layout).chain(&self.formers);
         let mut servers = layouts.flat_map(|layout| &layout.servers);
         servers
             .find(|server| server.address == *address)
+            .map(|server| &server.book)
+    }
+
+    /// What is known of the server that was the node of that name, if one is, or was lately.
+    pub(super) fn book_of_name(&self, spec: &NodeSpec) -> Option<&Arc<Book>> {
+        let layouts = std::iter::once(&self.layout).chain(&self.formers);
+        let mut servers = layouts.flat_map(|layout| &layout.servers);
+        servers
+            .find(|server| server.identity == spec.identity)
             .map(|server| &server.book)
     }
 
@@ -182,9 +294,10 @@ impl<S> Topology<S> {
         member.map(|member| &member.node)
     }
 
-    /// The key's own node.
-    pub(super) fn home(&self, key: &Key) -> &Node<S> {
-        &self.members[self.layout.continuum.primary(key.as_bytes())].node
+    /// The key's own node; `None` if there are no nodes yet.
+    pub(super) fn home(&self, key: &Key) -> Option<&Node<S>> {
+        let index = self.layout.continuum.primary(key.as_bytes());
+        self.members.get(index).map(|member| &member.node)
     }
 
     /// The nodes that a key goes to, one after the other: its home, and then wherever the ring goes
@@ -202,7 +315,7 @@ impl<S> Topology<S> {
             for index in former.continuum.sequence(key.as_bytes()) {
                 let book = &former.servers[index].book;
                 if !Arc::ptr_eq(book, node.book()) {
-                    book.outdate(key, Reason::Outdated);
+                    book.outdate_sparing(key, Reason::Outdated, Some(node.book()));
                 }
                 if !book.may_be_elsewhere(key) {
                     break;
@@ -236,6 +349,8 @@ pub(super) struct Layout {
 
 #[derive(Clone, Debug)]
 struct Server {
+    /// The node's name, as the ring knows it.
+    identity: Address,
     address: Address,
     book: Arc<Book>,
 }
@@ -247,6 +362,7 @@ impl Layout {
             .map(|member| member.spec.ring_node())
             .collect();
         let server = |member: &Member<S>| Server {
+            identity: member.spec.identity.clone(),
             address: member.spec.address.clone(),
             book: member.node.shared().book().clone(),
         };
@@ -259,6 +375,7 @@ impl Layout {
     /// The same, with the books that are kept now.
     fn up_to_date(&self) -> Self {
         let server = |server: &Server| Server {
+            identity: server.identity.clone(),
             address: server.address.clone(),
             book: server.book.current(),
         };
@@ -342,6 +459,53 @@ mod tests {
         assert_eq!(topology.formers.len(), FORMERS);
         assert!(topology.book_of(&"node-2".parse().unwrap()).is_none());
         assert!(topology.book_of(&"node-98".parse().unwrap()).is_some());
+    }
+
+    const LIBMEMCACHED: u64 = 7_585_177_067_546_827;
+    const SPYMEMCACHED: u64 = 6_905_330_347_500_247;
+
+    fn specs(names: &[(&str, u32)]) -> Vec<NodeSpec> {
+        let spec = |(name, weight): &(&str, u32)| NodeSpec::new(name).unwrap().with_weight(*weight);
+        names.iter().map(spec).collect()
+    }
+
+    /// Other versions of this crate, and other machines, have to come to the same.
+    #[test]
+    fn a_fingerprint_is_the_same_for_ever() {
+        let nodes = specs(&[("cache-b:11212", 3), ("cache-a", 1), ("unix:/run/m", 1)]);
+        assert_eq!(Ring::libmemcached().fingerprint(&nodes), LIBMEMCACHED);
+        assert_eq!(Ring::spymemcached().fingerprint(&nodes), SPYMEMCACHED);
+        assert_eq!(Ring::libmemcached().fingerprint(&[]), 0);
+    }
+
+    #[test]
+    fn a_fingerprint_tells_what_decides_where_keys_go_and_nothing_else() {
+        let ring = Ring::default();
+        let of = |names: &[(&str, u32)]| ring.fingerprint(&specs(names));
+        let one = of(&[("a", 1), ("b", 2)]);
+        assert!(one > 0 && one < 1 << 53);
+        assert_eq!(one, of(&[("b:11211", 2), ("a", 1)]));
+        assert_eq!(one, of(&[("a", 3), ("b", 6)]));
+        let moved: Vec<_> = specs(&[("a", 1), ("b", 2)])
+            .into_iter()
+            .map(|spec| {
+                let address = format!("10.0.0.{}", spec.weight);
+                spec.at(&address).unwrap()
+            })
+            .collect();
+        assert_eq!(one, ring.fingerprint(&moved));
+        for other in [
+            &[("a", 1), ("b", 1)][..],
+            &[("a", 2), ("b", 1)],
+            &[("a", 1), ("c", 2)],
+            &[("a", 1), ("b:11212", 2)],
+            &[("a", 1)],
+            &[("a", 1), ("b", 2), ("c", 1)],
+        ] {
+            assert_ne!(one, of(other), "{other:?}");
+        }
+        let nodes = specs(&[("a", 1), ("b", 2)]);
+        assert_ne!(one, Ring::spymemcached().fingerprint(&nodes));
     }
 
     #[test]

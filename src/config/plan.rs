@@ -64,6 +64,7 @@ impl GroupPlan {
             return Err(Invalid::new(setting, "there are no nodes"));
         }
         Ok(GroupRoute {
+            name: self.name.clone(),
             settings: self.cluster.clone(),
             nodes: self.nodes.clone(),
         })

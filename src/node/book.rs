@@ -39,21 +39,21 @@ pub(super) struct Debts {
 
 /// Who sees to what is written here.
 enum Place {
-    /// This node, while there is one.
-    Here(Weak<Shared>),
+    /// This node, while there is one; and books of servers that may be the same one.
+    Here(Weak<Shared>, Vec<Weak<Book>>),
     /// The node of that book.
     Moved(Arc<Book>),
 }
 
 impl Book {
-    pub(super) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         Self {
             journal: Arc::new(Journal::new(capacity)),
             leftovers: Arc::new(Leftovers::new(capacity)),
             flushes_wanted: AtomicU64::new(0),
             flushes_made: AtomicU64::new(0),
             birth: Mutex::default(),
-            place: Mutex::new(Place::Here(Weak::new())),
+            place: Mutex::new(Place::Here(Weak::new(), Vec::new())),
         }
     }
 
@@ -63,9 +63,32 @@ impl Book {
 
     fn moved(&self) -> Option<Arc<Self>> {
         match &*self.place() {
-            Place::Here(_) => None,
+            Place::Here(..) => None,
             Place::Moved(to) => Some(to.clone()),
         }
+    }
+
+    /// The books of servers that may be this one, as far as they are still kept: its heirs, theirs, and
+    /// so on. A server that is where it was before is among its heirs' heirs.
+    fn heirs(self: &Arc<Self>) -> Vec<Arc<Self>> {
+        let direct = |book: &Self| -> Vec<Arc<Self>> {
+            match &*book.place() {
+                Place::Here(_, heirs) => heirs.iter().filter_map(Weak::upgrade).collect(),
+                Place::Moved(_) => Vec::new(),
+            }
+        };
+        let own = self.current();
+        let mut to_visit = direct(&own);
+        let mut found: Vec<Arc<Self>> = Vec::new();
+        while let Some(heir) = to_visit.pop() {
+            let heir = heir.current();
+            let is_known = |known: &Arc<Self>| Arc::ptr_eq(known, &heir);
+            if !is_known(&own) && !found.iter().any(is_known) {
+                to_visit.extend(direct(&heir));
+                found.push(heir);
+            }
+        }
+        found
     }
 
     /// The book that has taken its place, or itself.
@@ -79,7 +102,7 @@ impl Book {
 
     /// It is that node's.
     pub(super) fn belongs_to(&self, node: &Arc<Shared>) {
-        *self.place() = Place::Here(Arc::downgrade(node));
+        *self.place() = Place::Here(Arc::downgrade(node), Vec::new());
     }
 
     /// Does something where the book is now, which it does not leave meanwhile, and hands what comes
@@ -94,7 +117,7 @@ impl Book {
             let place = book.place();
             let next = match &*place {
                 Place::Moved(to) => to.clone(),
-                Place::Here(node) => {
+                Place::Here(node, _) => {
                     let node = node.upgrade();
                     let done = work(&book);
                     drop(place);
@@ -111,10 +134,28 @@ impl Book {
 
     /// What the server has for a key is not to be used from now on, until it has been deleted there.
     pub(crate) fn outdate(self: &Arc<Self>, key: &Key, reason: Reason) {
-        self.here(
-            |book| book.journal.record(key, reason),
-            |node, recorded| node.heed(recorded),
-        );
+        self.outdate_sparing(key, reason, None);
+    }
+
+    /// The same, but for a server that may be this one and is `spared`, where the key is being written.
+    pub(crate) fn outdate_sparing(
+        self: &Arc<Self>,
+        key: &Key,
+        reason: Reason,
+        spared: Option<&Arc<Self>>,
+    ) {
+        let record = |book: &Arc<Self>| {
+            book.here(
+                |book| book.journal.record(key, reason),
+                |node, recorded| node.heed(recorded),
+            );
+        };
+        record(self);
+        let is_spared = |heir: &Arc<Self>| spared.is_some_and(|spared| Arc::ptr_eq(spared, heir));
+        let heirs = self.heirs().into_iter();
+        heirs
+            .filter(|heir| !is_spared(heir))
+            .for_each(|heir| record(&heir));
     }
 
     /// A [lingering](Reason::Lingering) doubt has ended.
@@ -126,11 +167,13 @@ impl Book {
             }
             wake
         };
-        self.here(ended, |node, wake| {
-            if wake {
-                node.wake.notify_one();
-            }
-        });
+        for book in std::iter::once(self.clone()).chain(self.heirs()) {
+            book.here(ended, |node, wake| {
+                if wake {
+                    node.wake.notify_one();
+                }
+            });
+        }
     }
 
     /// Whether another server may still have what it got of that key.
@@ -142,7 +185,7 @@ impl Book {
     /// Should it be another node's by now, that one may not have been asked.
     pub(crate) fn flush_if_away(self: &Arc<Self>) {
         let node = match &*self.place() {
-            Place::Here(node) => node.upgrade(),
+            Place::Here(node, _) => node.upgrade(),
             Place::Moved(_) => None,
         };
         if node.is_none_or(|node| node.is_retired()) {
@@ -221,7 +264,37 @@ impl Book {
             // None of its own connections has come up yet.
             to.set_birth(book.known_birth(), 0);
         }
-        *place = Place::Moved(to.clone());
+        let heirs = match std::mem::replace(&mut *place, Place::Moved(to.clone())) {
+            Place::Here(_, heirs) => heirs,
+            Place::Moved(_) => Vec::new(),
+        };
+        drop(place);
+        // What is told here goes on to them as before.
+        if let Place::Here(_, all) = &mut *to.place() {
+            all.extend(heirs);
+        }
+    }
+
+    /// `heir` is that of a server which may be this one at another address, or another one: all that
+    /// is written here, and will be, is written there, too.
+    pub(super) fn inherited_by(self: &Arc<Self>, heir: &Arc<Self>) {
+        let book = self.current();
+        if Arc::ptr_eq(&book, heir) {
+            return;
+        }
+        let mut place = book.place();
+        heir.journal.copy(&book.journal);
+        heir.leftovers.take_over(&book.leftovers);
+        if book.flush_wanted() {
+            heir.count_flush();
+        }
+        if heir.journal.has_overflowed() {
+            heir.set_birth(book.known_birth(), 0);
+        }
+        if let Place::Here(_, heirs) = &mut *place {
+            heirs.retain(|heir| heir.strong_count() > 0);
+            heirs.push(Arc::downgrade(heir));
+        }
     }
 }
 

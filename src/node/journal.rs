@@ -101,6 +101,24 @@ enum Again {
     At(Instant),
 }
 
+/// An entry as another journal gets it.
+struct Doubt {
+    key: Key,
+    lingering: u32,
+    /// Something of it may be executed late, and its end will not be told.
+    lasts: bool,
+}
+
+impl Doubt {
+    fn of(key: Key, entry: &Entry) -> Self {
+        Self {
+            key,
+            lingering: entry.lingering,
+            lasts: entry.again != Again::No || entry.held > 0,
+        }
+    }
+}
+
 /// A write under way, by what it has found here.
 #[derive(Debug)]
 pub(super) struct Hold {
@@ -409,21 +427,37 @@ impl Journal {
             from.held.store(0, Ordering::Release);
             (std::mem::take(&mut inner.keys), inner.has_overflowed())
         };
+        let doubts = keys.into_iter().map(|(key, entry)| Doubt::of(key, &entry));
+        self.enter(doubts.collect(), overflowed);
+    }
+
+    /// Takes the same as `from` has, which keeps it.
+    pub(super) fn copy(&self, from: &Self) {
+        let (doubts, overflowed) = {
+            let inner = from.lock();
+            let keys = inner.keys.iter();
+            let doubts = keys.map(|(key, entry)| Doubt::of(key.clone(), entry));
+            (doubts.collect(), inner.has_overflowed())
+        };
+        self.enter(doubts, overflowed);
+    }
+
+    fn enter(&self, doubts: Vec<Doubt>, overflowed: bool) {
         // Should there be too little room, emptying the server will do for what is certain.
-        let (certain, uncertain): (Vec<_>, Vec<_>) = keys
+        let (certain, uncertain): (Vec<_>, Vec<_>) = doubts
             .into_iter()
-            .partition(|(_, entry)| entry.is_certain() && entry.held == 0);
-        for (key, entry) in uncertain {
+            .partition(|doubt| doubt.lingering == 0 && !doubt.lasts);
+        for doubt in uncertain {
             // The ends of these will be told.
-            for _ in 0..entry.lingering {
-                self.record(&key, Reason::Lingering);
+            for _ in 0..doubt.lingering {
+                self.record(&doubt.key, Reason::Lingering);
             }
-            if entry.again != Again::No || entry.held > 0 {
-                self.record(&key, Reason::InDoubt);
+            if doubt.lasts {
+                self.record(&doubt.key, Reason::InDoubt);
             }
         }
-        for (key, _) in certain {
-            self.record(&key, Reason::Outdated);
+        for doubt in certain {
+            self.record(&doubt.key, Reason::Outdated);
         }
         if overflowed {
             self.lock().overflows += 1;

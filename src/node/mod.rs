@@ -86,6 +86,9 @@ pub struct NodeStatus {
     /// Keys of which it may hold something older than what this client has written since. They are
     /// deleted there as soon as it answers, and what it has for them is not used until then.
     pub journal: usize,
+    /// The fingerprint of the ring that it is on: see
+    /// [`Client::ring_fingerprint`](crate::Client::ring_fingerprint). 0 for a node that is on none.
+    pub ring: u64,
 }
 
 /// What a node's circuit breaker opens for.

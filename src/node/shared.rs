@@ -25,7 +25,7 @@ use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
 use crate::request::{Origin, Request};
 use crate::response::Response;
-use crate::telemetry::{Event as Counted, Level, NodeMeters};
+use crate::telemetry::{Event as Counted, Level, NodeMeters, RingMark};
 use crate::transport::{ConnectFailure, Event, Observer, PipelinedSettings, Transport};
 
 impl Moment for Instant {
@@ -55,6 +55,8 @@ pub(crate) struct Shared {
     ejections: AtomicU64,
     changed_at: Mutex<SystemTime>,
     changes: OnceLock<watch::Sender<()>>,
+    /// Of the ring that it is on, if it is on one.
+    ring: OnceLock<Arc<RingMark>>,
     leftovers: Arc<Leftovers>,
     /// What outlives it of these, and of its server.
     pub(super) book: Arc<Book>,
@@ -125,6 +127,7 @@ impl Shared {
             ejections: AtomicU64::new(0),
             changed_at: Mutex::new(SystemTime::now()),
             changes: OnceLock::new(),
+            ring: OnceLock::new(),
             leftovers: book.leftovers.clone(),
             book,
             asker,
@@ -276,6 +279,11 @@ impl Shared {
         let _already = self.changes.set(changes.clone());
     }
 
+    /// It is on that ring.
+    pub(crate) fn is_on(&self, ring: &Arc<RingMark>) {
+        let _already = self.ring.set(ring.clone());
+    }
+
     /// What it may still execute late is waited for until `closing` is true, or gone.
     pub(crate) fn lingers_until(&self, closing: watch::Receiver<bool>) {
         if let Some(transport) = &self.transport {
@@ -322,6 +330,9 @@ impl Shared {
             return;
         }
         self.show_state();
+        if let Some(ring) = self.ring.get() {
+            ring.show();
+        }
         self.meters.set(Level::InFlight, self.in_flight());
         self.meters.set(Level::JournalKeys, self.journal.len());
         if let Some(transport) = &self.transport {
@@ -349,6 +360,7 @@ impl Shared {
             in_flight: self.in_flight(),
             connections: transport.map_or(0, Transport::connections_up),
             journal: self.journal.len(),
+            ring: self.ring.get().map_or(0, |ring| ring.get()),
         }
     }
 
@@ -532,6 +544,13 @@ impl Shared {
     /// to first has been.
     pub(crate) fn take_over(self: &Arc<Self>, book: &Arc<Book>) {
         book.moves_to(&self.book);
+        self.sees_to_its_debts();
+        self.wake.notify_one();
+    }
+
+    /// The same of a book that stays another server's, which may be this one all the same.
+    pub(crate) fn inherit(self: &Arc<Self>, book: &Arc<Book>) {
+        book.inherited_by(&self.book);
         self.sees_to_its_debts();
         self.wake.notify_one();
     }
