@@ -32,6 +32,40 @@ async fn with_the_right_password_it_is_a_memcached_like_any_other() {
     hangs_and_comes_back(&client, &node).await;
 }
 
+/// In the old protocol, too, on each connection of its pool, and encrypted.
+#[cfg(all(feature = "classic", feature = "tls"))]
+#[tokio::test]
+async fn classic_connections_are_authenticated_and_encrypted_as_well() {
+    let authority = crate::tls::Authority::new("ours");
+    let server = authority.server();
+    let builder = Memcached::builder().authentication("user", "secret");
+    let node = builder
+        .tls(&server.certificate, &server.key)
+        .spawn()
+        .unwrap();
+    let client = patient(node.address())
+        .protocol(tower_memcached::Protocol::Classic)
+        .tls(authority.trusted())
+        .credentials(right())
+        .build()
+        .unwrap();
+    is_of_use(&client).await;
+    for protocol in [
+        tower_memcached::Protocol::Classic,
+        tower_memcached::Protocol::Auto,
+    ] {
+        let client = patient(node.address())
+            .protocol(protocol)
+            .tls(authority.trusted())
+            .build()
+            .unwrap();
+        assert!(client.get("k").await.is_err());
+        until_open(&client, 0).await;
+        let error = client.nodes()[0].last_cause.clone().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Unauthenticated, "{error}");
+    }
+}
+
 /// Why the only node of a client is out.
 async fn refusal(node: &Memcached, credentials: Option<Credentials>) -> Error {
     let mut builder = patient(node.address());

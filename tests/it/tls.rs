@@ -21,15 +21,15 @@ use crate::connectors::{eventually_set, hangs_and_comes_back, hasty, is_of_use, 
 use crate::support::{PATIENCE, eventually, until_closed, until_open};
 
 /// One who signs certificates.
-struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pem: String,
 }
 
 /// A certificate and its key, as PEM.
-struct Identity {
-    certificate: String,
-    key: String,
+pub(crate) struct Identity {
+    pub(crate) certificate: String,
+    pub(crate) key: String,
 }
 
 fn key() -> KeyPair {
@@ -37,7 +37,7 @@ fn key() -> KeyPair {
 }
 
 impl Authority {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, name);
@@ -59,12 +59,12 @@ impl Authority {
     }
 
     /// For what is on this machine.
-    fn server(&self) -> Identity {
+    pub(crate) fn server(&self) -> Identity {
         self.signs(&["localhost", "127.0.0.1"], |_| {})
     }
 
     /// Trusts this one only.
-    fn trusted(&self) -> TlsSettings {
+    pub(crate) fn trusted(&self) -> TlsSettings {
         TlsSettings::default().ca_pem(&self.pem)
     }
 }
