@@ -77,6 +77,9 @@ pub enum ErrorKind {
     LoadShed,
     /// No tokio runtime to run in: with [`Executor::current`](crate::Executor::current) outside one.
     NoRuntime,
+    /// The nodes could not be [discovered](crate::Discovery). Never an operation's error: see
+    /// [`DiscoveryStatus`](crate::DiscoveryStatus).
+    Discovery,
     /// A user-supplied layer failed, with an error that is not ours, or gave a response that does
     /// not fit the request.
     Layer,
@@ -106,6 +109,7 @@ impl ErrorKind {
             Self::Load => "load failed",
             Self::LoadShed => "load shed",
             Self::NoRuntime => "no tokio runtime",
+            Self::Discovery => "discovery failed",
             Self::Layer => "layer failed",
         }
     }

@@ -58,6 +58,7 @@
 //! - `testing`: an in-process memcached with run-time faults, a TCP proxy with toxics, and control
 //!   of real memcached processes, for tests.
 //! - `tls`: connections over TLS, by rustls ([`ClientBuilder::tls`]).
+//! - `srv`: [`discovery`] by `SRV` records.
 //! - `serde`: [`Config`] and the settings in it as data, for a service's own TOML or YAML.
 //!
 //! `docs/CONFIGURATION.md` has every setting.
@@ -72,6 +73,7 @@ mod cluster;
 mod codec;
 mod compression;
 mod config;
+pub mod discovery;
 mod error;
 mod executor;
 #[cfg(feature = "testing")]
@@ -106,7 +108,8 @@ pub use codec::{Codec, Format, Json, Postcard, Typed};
 pub use compression::{
     Algorithm, Compressed, CompressedFuture, CompressionLayer, CompressionSettings,
 };
-pub use config::{Config, ExecutorConfig, NodeConfig};
+pub use config::{Config, DiscoveryConfig, DiscoverySource, ExecutorConfig, NodeConfig};
+pub use discovery::{Discovery, DiscoveryStatus};
 pub use error::{Error, ErrorKind, Result, Sent};
 pub use executor::Executor;
 pub use group::{Group, GroupFuture, GroupLayer, GroupSettings, GroupStatus};

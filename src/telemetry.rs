@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -33,6 +33,15 @@ pub const BREAKER_STATE: &str = "memcached_breaker_state";
 /// one: `count(count_values("ring", memcached_ring_fingerprint))` over those that do is 1. Label: `group`
 /// whose nodes they are (`client` for those of the whole client).
 pub const RING_FINGERPRINT: &str = "memcached_ring_fingerprint";
+/// A [discovery](crate::discovery) has not found a list of nodes that can be used: those there are stay.
+/// Labels: `group` whose nodes they are (`client` for those of the whole client), `reason` (`error`;
+/// `empty`: it has found none; `invalid`: what it has found cannot be a list of nodes).
+pub const DISCOVERY_FAILURES: &str = "memcached_discovery_failures_total";
+/// A discovery has changed the nodes. Label: `group`.
+pub const DISCOVERY_CHANGES: &str = "memcached_discovery_changes_total";
+/// When a discovery last found a list of nodes, the same one or another, in seconds since 1970; a
+/// gauge. Label: `group`.
+pub const DISCOVERY_LAST_FOUND: &str = "memcached_discovery_last_found_timestamp_seconds";
 /// A node's circuit breaker opened. Labels: `node`, `cause`
 /// ([`EjectionCause::name`](crate::EjectionCause::name)).
 pub const EJECTIONS: &str = "memcached_ejections_total";
@@ -107,11 +116,6 @@ impl RingMark {
         }
     }
 
-    #[allow(dead_code)]
-    pub(crate) fn group(&self) -> &Arc<str> {
-        &self.group
-    }
-
     pub(crate) fn get(&self) -> u64 {
         self.fingerprint.load(Ordering::Acquire)
     }
@@ -132,6 +136,21 @@ impl Drop for RingMark {
         self.set(0);
         self.show();
     }
+}
+
+/// Discoveries are rare: their handles are made at each use.
+pub(crate) fn discovery_failed(group: &Arc<str>, reason: &'static str) {
+    counter!(DISCOVERY_FAILURES, "group" => group.clone(), "reason" => reason).increment(1);
+}
+
+pub(crate) fn discovery_changed(group: &Arc<str>) {
+    counter!(DISCOVERY_CHANGES, "group" => group.clone()).increment(1);
+}
+
+pub(crate) fn discovery_found(group: &Arc<str>, at: SystemTime) {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH);
+    let seconds = since.map_or(0.0, |since| since.as_secs_f64());
+    gauge!(DISCOVERY_LAST_FOUND, "group" => group.clone()).set(seconds);
 }
 
 /// Loads are rare compared with requests: their handles are made at each use.

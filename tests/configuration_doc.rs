@@ -7,8 +7,9 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, from_value, json, to_value};
 use tower_memcached::{
-    Client, ClientBuilder, CompressionSettings, Config, EjectionCause, Error, ExecutorConfig,
-    GroupSettings, LoadLimits, NodeConfig, ReadThroughSettings, TlsSettings,
+    Client, ClientBuilder, CompressionSettings, Config, DiscoveryConfig, DiscoverySource,
+    EjectionCause, Error, ExecutorConfig, GroupSettings, LoadLimits, NodeConfig,
+    ReadThroughSettings, TlsSettings,
 };
 
 const GUIDE: &str = include_str!("../docs/CONFIGURATION.md");
@@ -58,11 +59,19 @@ fn defaults() -> Defaults {
     let compression = json_of(CompressionSettings::default());
     collect("compression", &compression, &mut all);
     all.insert("compression".to_owned(), Some(Value::Null));
+    let source = DiscoverySource::Dns("a".into());
+    collect(
+        "discovery",
+        &json_of(DiscoveryConfig::new(source)),
+        &mut all,
+    );
+    all.remove("discovery.source.dns");
     let required = [
         "nodes[].address",
         "executor.kind",
         "credentials.user",
         "credentials.password",
+        "discovery.source",
     ];
     for required in required {
         all.insert(required.to_owned(), None);
@@ -163,6 +172,7 @@ fn changed(config: &Value, path: &str) -> Value {
         json!(1 << 4),
         json!({ "kind": "dedicated" }),
         json!({ "user": "user", "password": "password" }),
+        json!({ "source": { "dns": "localhost" } }),
         json!([{ "address": "127.0.0.1:1", "weight": 2 }]),
     ];
     let makes_sense = |candidate: Value| {
@@ -199,7 +209,10 @@ fn what_can_be_changed_at_run_time_is_said_of_each_setting() {
         // What is in a list, and the parts of these, are changed with the whole of it.
         let whole = match (path.split_once("[]"), path.split_once('.')) {
             (Some((list, _)), _) => list,
-            (None, Some((whole @ ("executor" | "socket" | "tls" | "credentials"), _))) => whole,
+            (
+                None,
+                Some((whole @ ("executor" | "socket" | "tls" | "credentials" | "discovery"), _)),
+            ) => whole,
             (None, _) => path,
         };
         let next = from_value(changed(&now, whole)).expect("it made sense");

@@ -9,7 +9,9 @@ use std::time::Duration;
 use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
 use tokio::time::{Instant, sleep};
 use tower_memcached::testing::Server;
-use tower_memcached::{BreakerState, Client, GroupLayer, GroupSettings, OnFailure, Ttl, telemetry};
+use tower_memcached::{
+    BreakerState, Client, Discovery, GroupLayer, GroupSettings, NodeSpec, OnFailure, Ttl, telemetry,
+};
 
 /// What has been told, by name and labels.
 #[derive(Clone, Default)]
@@ -79,6 +81,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
         .attempt_timeout(Duration::from_millis(100))
         .timeout(Duration::from_secs(2))
         .group("carts", GroupSettings::default().prefix("secret-"))
+        .group("found", GroupSettings::default().nodes(&addresses[..1]))
         .build()
         .unwrap();
     let keys: Vec<_> = (0..30).map(|n| format!("secret-{n}")).collect();
@@ -117,6 +120,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
     reads_that_load(&client, &recorder).await;
     claims(&client, &recorder).await;
     bypasses(&client, &recorder).await;
+    discoveries(&client, &recorder, &addresses[0]).await;
 
     servers[1].stall();
     let node = format!("node={}", addresses[1]);
@@ -227,6 +231,44 @@ async fn claims(client: &Client, recorder: &Recorder) {
         let counted = recorder.told(&[telemetry::CLAIMS, &format!("result={result}")]);
         assert_eq!(counted, 1, "{result}");
     }
+}
+
+/// What a discovery finds, and that others can see which ring comes of it.
+async fn discoveries(client: &Client, recorder: &Recorder, address: &str) {
+    let found = client.group("found").unwrap();
+    let shown = |of: &Client<_>| {
+        let ring = f64::from_bits(recorder.told(&[telemetry::RING_FINGERPRINT, "group=found"]));
+        ring == of.ring_fingerprint() as f64 && ring > 0.0
+    };
+    // By the nodes' own tasks, since nothing has changed.
+    until("its ring shows", || shown(&found)).await;
+    let (tell, lists) = futures::channel::mpsc::unbounded();
+    found.follow(Discovery::stream(lists)).unwrap();
+    let before = found.ring_fingerprint();
+    let spec = NodeSpec::new("elsewhere").unwrap().at(address).unwrap();
+    for list in [
+        Ok(vec![spec.clone()]),
+        Ok(vec![spec.clone()]),
+        Ok(Vec::new()),
+        Ok(vec![spec.clone(), spec]),
+        Err(std::io::Error::other("no answer")),
+    ] {
+        tell.unbounded_send(list).unwrap();
+    }
+    let failures = |reason| {
+        let reason = format!("reason={reason}");
+        recorder.told(&[telemetry::DISCOVERY_FAILURES, "group=found", &reason])
+    };
+    until("all failures are counted", || failures("error") == 1).await;
+    assert_eq!((failures("empty"), failures("invalid")), (1, 1));
+    let changes = recorder.told(&[telemetry::DISCOVERY_CHANGES, "group=found"]);
+    assert_eq!(changes, 1, "the same twice is one change");
+    assert_ne!(found.ring_fingerprint(), before);
+    assert!(shown(&found));
+    let last = recorder.told(&[telemetry::DISCOVERY_LAST_FOUND, "group=found"]);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let age = now.unwrap().as_secs_f64() - f64::from_bits(last);
+    assert!((0.0..60.0).contains(&age), "{age}");
 }
 
 /// What a thrown switch keeps from the cache is counted: by group, or for the whole client.

@@ -13,6 +13,7 @@ use super::{Client, Shared};
 use crate::cluster::{Cluster, Control, FailureMode, NodeSpec, RetryBudget, Ring, View};
 use crate::compression::{CompressionSettings, Slot};
 use crate::config::{Config, ExecutorConfig, GroupPlan, NodeConfig};
+use crate::discovery::Discovery;
 use crate::error::{BoxError, Invalid, Result};
 use crate::executor::Executor;
 use crate::group::{self, GroupSettings};
@@ -40,6 +41,7 @@ pub struct ClientBuilder<L = Identity, N = Identity> {
     load_executor: Option<Executor>,
     /// Instead of our own.
     connector: Option<Arc<dyn Connector>>,
+    discovery: Option<Discovery>,
     layer: L,
     node_layer: N,
     /// A user's node layer may wait without end, so attempts are timed around it.
@@ -54,6 +56,7 @@ impl ClientBuilder {
             executor: None,
             load_executor: None,
             connector: None,
+            discovery: None,
             layer: Identity::new(),
             node_layer: Identity::new(),
             times_attempts: false,
@@ -63,7 +66,7 @@ impl ClientBuilder {
 
 impl<L, N> ClientBuilder<L, N> {
     /// Takes all settings from a [`Config`]. What the builder was told before of the same is
-    /// forgotten; executors, connectors and layers stay.
+    /// forgotten; executors, connectors, discoveries and layers stay.
     #[must_use]
     pub fn config(mut self, config: Config) -> Self {
         self.config = config;
@@ -367,6 +370,14 @@ impl<L, N> ClientBuilder<L, N> {
         self
     }
 
+    /// Has the nodes be what a [discovery](crate::discovery) finds. Nodes that are listed as well are
+    /// used until it has found some; there may be none. It goes over the configuration's.
+    #[must_use]
+    pub fn discover(mut self, discovery: Discovery) -> Self {
+        self.discovery = Some(discovery);
+        self
+    }
+
     /// Adds a layer around the whole client; the one added first is the outermost. It sees every
     /// request once. Its errors may be its own: they come back as
     /// [`ErrorKind::Layer`](crate::ErrorKind::Layer), with their source. Its service must be
@@ -380,6 +391,7 @@ impl<L, N> ClientBuilder<L, N> {
             executor,
             load_executor,
             connector,
+            discovery,
             layer: outer,
             node_layer,
             times_attempts,
@@ -390,6 +402,7 @@ impl<L, N> ClientBuilder<L, N> {
             executor,
             load_executor,
             connector,
+            discovery,
             layer: Stack::new(layer, outer),
             node_layer,
             times_attempts,
@@ -406,6 +419,7 @@ impl<L, N> ClientBuilder<L, N> {
             executor,
             load_executor,
             connector,
+            discovery,
             layer: whole,
             node_layer: outer,
             times_attempts: _,
@@ -416,6 +430,7 @@ impl<L, N> ClientBuilder<L, N> {
             executor,
             load_executor,
             connector,
+            discovery,
             layer: whole,
             node_layer: Stack::new(layer, outer),
             times_attempts: true,
@@ -427,7 +442,7 @@ impl<L, N> ClientBuilder<L, N> {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration), naming what is
-    /// wrong: no nodes, an address that is none, a node twice, a zero timeout or limit.
+    /// wrong: no nodes and no discovery, an address that is none, a node twice, a zero timeout or limit.
     pub fn build<S>(self) -> Result<Client<L::Service>>
     where
         N: Layer<Transport, Service = S> + Send + Sync + 'static,
@@ -441,8 +456,13 @@ impl<L, N> ClientBuilder<L, N> {
             config.read_through = config.read_through.load_timeout(timeout);
         }
         let plan = config.plan()?;
-        let no_nodes = || Invalid::new("nodes", "there are no nodes");
-        let nodes = plan.nodes.ok_or_else(no_nodes)?;
+        let discovery = self.discovery.or(plan.discovery);
+        let nodes = match (plan.nodes, &discovery) {
+            (Some(nodes), _) => nodes,
+            // They have yet to be found.
+            (None, Some(_)) => Vec::new(),
+            (None, None) => return Err(Invalid::new("nodes", "there are no nodes").into()),
+        };
         let executor = self.executor.unwrap_or_else(|| {
             let executor = config.executor.as_ref();
             executor.map_or_else(Executor::default, ExecutorConfig::make)
@@ -458,7 +478,7 @@ impl<L, N> ClientBuilder<L, N> {
 
         let live = Arc::new(ArcSwap::from_pointee((plan.node, plan.transport)));
         let (node_layer, times_attempts) = (self.node_layer, self.times_attempts);
-        let nodes_spawner = spawner.clone();
+        let (nodes_connector, nodes_spawner) = (connector.clone(), spawner.clone());
         let settings = live.clone();
         let (protocol, pool_size) = (config.protocol, config.pool_size);
         let factory = move |spec: &NodeSpec| {
@@ -470,7 +490,7 @@ impl<L, N> ClientBuilder<L, N> {
                 protocol: spec.protocol.unwrap_or(protocol),
                 spoken: Arc::default(),
                 pool_size,
-                connector: connector.clone(),
+                connector: nodes_connector.clone(),
                 spawner: nodes_spawner.for_node(),
                 observer: None,
             };
@@ -511,10 +531,15 @@ impl<L, N> ClientBuilder<L, N> {
         let groups: Arc<[_]> = plan.groups.iter().zip(1..).map(declared).collect();
         let parts = |declared: &Declared| (declared.group.clone(), declared.reads.clone());
         let timeout = Arc::new(Timeout::new(config.timeout));
+        let whole = view(0);
+        if let Some(discovery) = discovery {
+            whole.follow(discovery, connector.clone())?;
+        }
         let shared = Shared {
+            connector: Some(connector),
             timeout: timeout.clone(),
             spawner: Some(spawner),
-            cluster: Some(view(0)),
+            cluster: Some(whole),
             reads: reads.clone(),
             kill_switch: Some(cluster.kill_switch().clone()),
             live: Some(Arc::new(Live {

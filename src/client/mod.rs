@@ -32,6 +32,7 @@ use crate::cluster::{Cluster, Control, NodeSpec};
 #[cfg(feature = "serde")]
 use crate::compression::CompressionSettings;
 use crate::config::Config;
+use crate::discovery::{Discovery, DiscoveryStatus};
 use crate::error::{BoxError, Error, Invalid, Result};
 use crate::executor::{Spawner, after};
 use crate::group::{Group, GroupStatus};
@@ -41,7 +42,7 @@ use crate::read_through::{Engine, LoadGuard, Means, ReadThroughSettings};
 use crate::request::Request;
 use crate::response::{Response, misfit};
 use crate::shutdown::shut_down;
-use crate::transport::Transport;
+use crate::transport::{Connector, Transport};
 
 /// The stack that [`ClientBuilder::build`] makes when no layers are added.
 pub type DefaultService = Cluster<Transport>;
@@ -89,6 +90,7 @@ pub(crate) struct Shared {
     kill_switch: Option<KillSwitch>,
     groups: Arc<[Declared]>,
     live: Option<Arc<dyn Reconfigure>>,
+    connector: Option<Arc<dyn Connector>>,
 }
 
 impl Client {
@@ -270,7 +272,7 @@ impl<S> Client<S> {
     /// # Errors
     /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration), and everything stays as
     /// it was: naming the setting that makes no sense, or the one that cannot be changed while the
-    /// client runs. Those are `executor`, `load_executor`, `ring`, `connections`, `max_value_size`,
+    /// client runs. Those are `executor`, `load_executor`, `discovery`, `ring`, `connections`, `max_value_size`,
     /// `journal.capacity`, which groups and databases there are, and of a group the prefix and whether it
     /// has nodes of its own. Also for a client made [`from_service`](Self::from_service).
     /// [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once it is being [shut down](Self::shutdown);
@@ -353,6 +355,8 @@ impl<S> Client<S> {
     /// A server of which its journal could not hold all comes back with its circuit breaker open, as
     /// after an outage: see [`JournalOverflow`](crate::JournalOverflow).
     ///
+    /// A [discovery](Self::follow) that was followed is not any more.
+    ///
     /// Not known is what a server got as part of a list that has been forgotten, or before this
     /// process began, and that two addresses are one server's. Flush such a server before you add it.
     ///
@@ -382,6 +386,37 @@ impl<S> Client<S> {
             None => Err(Error::configuration("this client's service has no nodes")),
         }
     }
+
+    /// Has the nodes be what a [discovery] finds, from now on and for all clones; of a
+    /// [`group`](Self::group) with nodes of its own, that group's. Whoever comes last counts: another
+    /// discovery, or nodes that are set by hand, take the place of this one.
+    ///
+    /// It runs on the client's executor. With [`Executor::current`](crate::Executor::current), outside
+    /// of every runtime, it begins with the first request inside of one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`](crate::ErrorKind::InvalidConfiguration) if a setting of it is
+    /// zero, or the client was made [`from_service`](Self::from_service), or is a group that shares the
+    /// client's nodes; [`ErrorKind::Shutdown`](crate::ErrorKind::Shutdown) once it is being
+    /// [shut down](Self::shutdown). What it fails to find is told by [`discovery`](Self::discovery).
+    ///
+    /// [discovery]: crate::discovery
+    pub fn follow(&self, discovery: Discovery) -> Result<()> {
+        if self.shared.reads.tracker().refuses() {
+            return Err(shut_down());
+        }
+        match (&self.shared.cluster, &self.shared.connector) {
+            (Some(cluster), Some(connector)) => cluster.follow(discovery, connector.clone()),
+            _ => Err(Error::configuration("this client's service has no nodes")),
+        }
+    }
+
+    /// How the discovery does that the client, or the group with nodes of its own, follows, or the last
+    /// one that it followed; `None` if there was none.
+    #[must_use]
+    pub fn discovery(&self) -> Option<DiscoveryStatus> {
+        self.shared.cluster.as_ref()?.discovery()
+    }
 }
 
 impl Shared {
@@ -395,6 +430,7 @@ impl Shared {
             kill_switch: self.kill_switch.clone(),
             groups: self.groups.clone(),
             live: self.live.clone(),
+            connector: self.connector.clone(),
         }
     }
 }
@@ -409,6 +445,7 @@ impl Default for Shared {
             kill_switch: None,
             groups: Arc::new([]),
             live: None,
+            connector: None,
         }
     }
 }

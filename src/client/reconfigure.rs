@@ -131,7 +131,9 @@ impl<S: Clone> Live<S> {
     /// Nothing of it can fail any more but for a client that is being shut down.
     fn apply(&self, next: &Config, plan: Plan) -> Result<()> {
         let own = plan.groups.iter().map(|group| group.nodes.clone());
-        self.cluster.set_all_nodes(plan.nodes, own.collect())?;
+        // Where they are found, those in the configuration are only the first.
+        let nodes = plan.nodes.filter(|_| plan.discovery.is_none());
+        self.cluster.set_all_nodes(nodes, own.collect())?;
         for (name, limits) in &next.databases {
             if let Some(guard) = self.guards.0.get(name) {
                 guard.set_limits(limits.clone())?;

@@ -13,8 +13,10 @@ mod route;
 mod shutdown;
 mod topology;
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -32,15 +34,18 @@ pub use topology::NodeSpec;
 pub(crate) use topology::validate;
 use topology::{Layout, Member, Topology};
 
+use crate::discovery::{Discovery, DiscoveryStatus, Following, Target, drive};
 use crate::error::{BoxError, Error, ErrorKind, Invalid, Result, Sent, not_zero};
 use crate::executor::{Executor, Spawner};
 use crate::kill_switch::{KillSwitch, bypass, noted, spares};
-use crate::node::{Node, NodeSettings, NodeStatus, Shared as NodeShared};
+use crate::node::{
+    BreakerState, EjectionCause, Node, NodeSettings, NodeStatus, Shared as NodeShared,
+};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
 use crate::shutdown::{UnflushedJournal, Until, shut_down};
 use crate::telemetry::{Event, RingMark};
-use crate::transport::PipelinedSettings;
+use crate::transport::{Connector, PipelinedSettings};
 
 /// What becomes of requests whose node's circuit breaker is open, and of attempts that fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -171,6 +176,10 @@ struct Pool<S> {
     ring: Ring,
     /// What shows whether others have the same ring.
     mark: Arc<RingMark>,
+    /// Where the nodes come from, unless they are set by hand.
+    following: Arc<Following>,
+    /// Starts to follow a discovery once there is a runtime to do that in.
+    unstarted: Unstarted,
     factory: NodeFactory<S>,
     /// Told whenever a node's state changes, or the nodes do, of any pool of the cluster.
     changes: watch::Sender<()>,
@@ -212,6 +221,7 @@ impl<S> Pool<S> {
         changes: watch::Sender<()>,
     ) -> Self {
         let closing = watch::Sender::new(false);
+        let following = Arc::new(Following::new(name.clone()));
         let mark = Arc::new(RingMark::new(name));
         mark.set(ring.fingerprint(&specs));
         mark.show();
@@ -231,6 +241,8 @@ impl<S> Pool<S> {
             retired: Mutex::default(),
             ring,
             mark,
+            following,
+            unstarted: Unstarted::default(),
             factory,
             changes,
             closing,
@@ -254,13 +266,18 @@ impl<S> Pool<S> {
 }
 
 impl<S: Clone> Pool<S> {
-    fn set_nodes(&self, specs: &[NodeSpec]) {
+    /// By hand, or as found by the discovery whose turn that is. Says whether they have changed.
+    fn set_nodes(&self, specs: &[NodeSpec], turn: Option<u64>) -> bool {
+        if turn.is_none() {
+            self.following.next_turn();
+        }
         let (before, after) = {
             let replacing = self.replacing.lock();
             let _replacing = replacing.unwrap_or_else(PoisonError::into_inner);
             let current = self.topology.load_full();
-            if current.is_made_of(specs) {
-                return;
+            let outrun = turn.is_some_and(|turn| !self.following.is_turn_of(turn));
+            if outrun || current.is_made_of(specs) {
+                return false;
             }
             let member = |spec: &NodeSpec| Member {
                 node: Self::known(&current, spec).unwrap_or_else(|| {
@@ -311,6 +328,7 @@ impl<S: Clone> Pool<S> {
             }
         }
         self.changes.send_replace(());
+        true
     }
 
     /// The node that stays.
@@ -318,6 +336,45 @@ impl<S: Clone> Pool<S> {
         let mut members = current.members().iter();
         let known = members.find(|known| known.spec.is_same_place(spec));
         known.map(|known| known.node.clone())
+    }
+}
+
+/// A task that waits for a runtime to run in.
+#[derive(Default)]
+struct Unstarted {
+    is_there: AtomicBool,
+    task: Mutex<Option<BoxFuture<'static, ()>>>,
+}
+
+impl Unstarted {
+    #[inline]
+    fn is_there(&self) -> bool {
+        self.is_there.load(Ordering::Acquire)
+    }
+
+    fn put(&self, task: BoxFuture<'static, ()>) {
+        let before = self.lock().replace(task);
+        self.is_there.store(true, Ordering::Release);
+        drop(before);
+    }
+
+    fn start(&self, spawner: &Spawner) {
+        if spawner.handle().is_err() {
+            return;
+        }
+        let task = {
+            let mut task = self.lock();
+            self.is_there.store(false, Ordering::Release);
+            task.take()
+        };
+        if let Some(task) = task {
+            // There is a runtime. One that is shut down drops the task.
+            let _spawned = spawner.spawn(task);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<BoxFuture<'static, ()>>> {
+        self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -508,16 +565,23 @@ impl<S> Cluster<S> {
     where
         S: Clone,
     {
-        topology::validate(&specs)?;
+        self.replace_nodes(route, &specs, None).map(|_| ())
+    }
+
+    fn replace_nodes(&self, route: u32, specs: &[NodeSpec], turn: Option<u64>) -> Result<bool>
+    where
+        S: Clone,
+    {
+        topology::validate(specs)?;
         if self.shared.phase.has_begun() {
             return Err(shut_down());
         }
-        self.route(route).pool.set_nodes(&specs);
+        let changed = self.route(route).pool.set_nodes(specs, turn);
         if self.shared.phase.is_closed() {
             // Those that are new as well.
             self.close();
         }
-        Ok(())
+        Ok(changed)
     }
 
     /// What decides where its keys go, as a number: see
@@ -540,6 +604,13 @@ pub(crate) trait Control: Send + Sync {
     fn nodes(&self) -> Vec<NodeStatus>;
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()>;
     fn ring_fingerprint(&self) -> u64;
+    /// Its nodes are what a discovery finds from now on.
+    fn follow(&self, discovery: Discovery, connector: Arc<dyn Connector>) -> Result<()>;
+    /// What the discovery whose turn that is has found. Says whether anything has changed.
+    fn set_found(&self, specs: Vec<NodeSpec>, turn: u64) -> Result<bool>;
+    fn discovery(&self) -> Option<DiscoveryStatus>;
+    /// The nodes that are out because they cannot be connected to, or say nothing.
+    fn unreachable(&self) -> BTreeSet<Arc<str>>;
     /// The parts of a shutdown that are the cluster's, for whoever takes no new requests.
     fn settled(&self, until: Until) -> BoxFuture<'_, ()>;
     fn delete_once_more(&self) -> BoxFuture<'_, ()>;
@@ -555,7 +626,20 @@ pub(crate) struct View<S> {
     pub(crate) route: u32,
 }
 
-impl<S: Clone + Send + Sync> Control for View<S> {
+impl<S> View<S> {
+    /// # Errors
+    /// [`ErrorKind::InvalidConfiguration`] if these are the nodes of the whole client.
+    fn own(&self) -> Result<&Arc<Pool<S>>> {
+        let pool = &self.cluster.route(self.route).pool;
+        if self.route > 0 && Arc::ptr_eq(pool, &self.cluster.shared.pool) {
+            let message = "this group has no nodes of its own: it shares the client's";
+            return Err(Error::configuration(message));
+        }
+        Ok(pool)
+    }
+}
+
+impl<S: Clone + Send + Sync + 'static> Control for View<S> {
     fn nodes(&self) -> Vec<NodeStatus> {
         match self.route {
             0 => self.cluster.nodes(),
@@ -564,12 +648,51 @@ impl<S: Clone + Send + Sync> Control for View<S> {
     }
 
     fn set_nodes(&self, specs: Vec<NodeSpec>) -> Result<()> {
-        let pool = &self.cluster.route(self.route).pool;
-        if self.route > 0 && Arc::ptr_eq(pool, &self.cluster.shared.pool) {
-            let message = "this group has no nodes of its own: it shares the client's";
-            return Err(Error::configuration(message));
-        }
+        self.own()?;
         self.cluster.set_nodes_of(self.route, specs)
+    }
+
+    fn follow(&self, discovery: Discovery, connector: Arc<dyn Connector>) -> Result<()> {
+        discovery.validate()?;
+        let pool = self.own()?;
+        let (weak, route) = (Arc::downgrade(&self.cluster.shared), self.route);
+        let upgrade = move || -> Option<Arc<dyn Control>> {
+            let cluster = Cluster {
+                shared: weak.upgrade()?,
+            };
+            Some(Arc::new(Self { cluster, route }))
+        };
+        let target = Target {
+            upgrade: Box::new(upgrade),
+            closing: pool.closing.subscribe(),
+            changes: pool.changes.subscribe(),
+            following: pool.following.clone(),
+        };
+        pool.unstarted
+            .put(Box::pin(drive(target, discovery, connector)));
+        pool.unstarted.start(&self.cluster.shared.spawner);
+        Ok(())
+    }
+
+    fn set_found(&self, specs: Vec<NodeSpec>, turn: u64) -> Result<bool> {
+        self.cluster.replace_nodes(self.route, &specs, Some(turn))
+    }
+
+    fn discovery(&self) -> Option<DiscoveryStatus> {
+        self.cluster.route(self.route).pool.following.status()
+    }
+
+    fn unreachable(&self) -> BTreeSet<Arc<str>> {
+        let nodes = self.cluster.route(self.route).pool.nodes().into_iter();
+        let unreachable = nodes.filter(|node| {
+            use EjectionCause::{ConnectFailed, Probe, Refused, Unresponsive};
+            let cannot = matches!(
+                node.cause,
+                Some(Refused | ConnectFailed | Unresponsive | Probe)
+            );
+            node.state != BreakerState::Closed && cannot
+        });
+        unreachable.map(|node| node.node).collect()
     }
 
     fn ring_fingerprint(&self) -> u64 {
@@ -612,6 +735,9 @@ where
 
     fn call(&mut self, request: Request) -> ClusterFuture<S> {
         let shared = self.route(request.route());
+        if shared.pool.unstarted.is_there() {
+            shared.pool.unstarted.start(&shared.spawner);
+        }
         if shared.phase.refuses(&request) {
             return ClusterFuture::settled(Err(shut_down()));
         }

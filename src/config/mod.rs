@@ -35,12 +35,14 @@
 //! # fn main() {}
 //! ```
 
+mod discovery;
 mod node;
 mod plan;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+pub use discovery::{DiscoveryConfig, DiscoverySource};
 pub use node::NodeConfig;
 pub(crate) use plan::{GroupPlan, Plan};
 
@@ -75,6 +77,10 @@ pub struct Config {
     /// [`reconfigure`](crate::Client::reconfigure) leaves them as they are, for services that discover
     /// them.
     pub nodes: Vec<NodeConfig>,
+    /// Where nodes are found, unless the builder is given a
+    /// [`Discovery`](crate::Discovery); nowhere by default. The `nodes` beside it are used until it has
+    /// found some, and in [`reconfigure`](crate::Client::reconfigure) not at all.
+    pub discovery: Option<DiscoveryConfig>,
     /// How long a whole operation may take; 100 ms by default.
     #[cfg_attr(feature = "serde", serde(with = "humantime_serde"))]
     pub timeout: Duration,
@@ -152,6 +158,7 @@ impl Default for Config {
         let transport = PipelinedSettings::default();
         Self {
             nodes: Vec::new(),
+            discovery: None,
             timeout: Duration::from_millis(100),
             attempt_timeout: Duration::from_millis(30),
             stall_timeout: None,

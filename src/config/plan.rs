@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Config, ExecutorConfig, NodeConfig};
 use crate::cluster::{ClusterSettings, GroupRoute, NodeSpec};
 use crate::compression::CompressionSettings;
+use crate::discovery::Discovery;
 use crate::error::{Invalid, not_zero};
 use crate::group::GroupSettings;
 use crate::node::NodeSettings;
@@ -41,6 +42,7 @@ fn check_compression(settings: Option<&CompressionSettings>) -> Result<(), Inval
 pub(crate) struct Plan {
     /// `None` if there are none in the configuration.
     pub(crate) nodes: Option<Vec<NodeSpec>>,
+    pub(crate) discovery: Option<Discovery>,
     pub(crate) cluster: ClusterSettings,
     pub(crate) node: NodeSettings,
     pub(crate) transport: PipelinedSettings,
@@ -133,7 +135,12 @@ impl Config {
             let group = self.group(name, settings, &cluster);
             group.map_err(|invalid| invalid.under(&format!("groups.{name}")))
         });
+        let discovery = self.discovery.as_ref().map(|discovery| {
+            let made = discovery.make();
+            made.map_err(|invalid| invalid.under("discovery"))
+        });
         Ok(Plan {
+            discovery: discovery.transpose()?,
             nodes: match self.nodes.is_empty() {
                 true => None,
                 false => Some(NodeConfig::specs(&self.nodes)?),
@@ -201,6 +208,7 @@ impl Config {
         };
         stays("executor", self.executor == next.executor)?;
         stays("load_executor", self.load_executor == next.load_executor)?;
+        stays("discovery", self.discovery == next.discovery)?;
         stays("ring", self.ring == next.ring)?;
         stays("socket", self.socket == next.socket)?;
         stays("tls", self.tls == next.tls)?;

@@ -7,7 +7,6 @@ mod claims;
 mod config;
 mod connectors;
 mod deadlines;
-mod discovery;
 mod failure_modes;
 mod fallback;
 mod group_edges;
