@@ -124,6 +124,15 @@ impl Engine {
         let overdue = self
             .elsewhere
             .is_overdue(key, token, self.settings().lease_duration());
+        // Replaced since it was looked at: the lease was taken for what nobody can read.
+        let replaced = led.wanted.unreadable
+            && matches!(
+                freshness::judge(left, self.grace(away), Duration::ZERO),
+                Freshness::Fresh | Freshness::Early
+            );
+        if replaced {
+            return found_there(Some(value));
+        }
         if lease == LeaseState::Won || overdue {
             return Claim::Load(Fill::Swap(token, away));
         }
