@@ -17,8 +17,8 @@ use tokio::time::{Instant, sleep};
 use tower::BoxError;
 use tower_memcached::testing::{Memcached, Server};
 use tower_memcached::{
-    BlockingLoader, Client, ClientBuilder, ErrorKind, Executor, GroupLayer, Key, Loader, Payload,
-    ReadThroughLayer, Ttl,
+    BlockingLoader, Client, ClientBuilder, Discovery, ErrorKind, Executor, GroupLayer, Key, Loader,
+    NodeSpec, Payload, ReadThroughLayer, Ttl,
 };
 
 /// Counts the bytes that are allocated.
@@ -217,9 +217,47 @@ fn clients_that_come_and_go_leave_nothing_behind() {
         they_have_groups_and_load(&nodes).await;
         they_have_shared_loaders(&nodes).await;
         their_nodes_change(&nodes).await;
+        their_nodes_are_found(&nodes).await;
         their_node_is_stalled(&nodes).await;
         their_node_is_not_there(&nodes).await;
     });
+}
+
+/// What a client follows ends with it, whether it waits, is being asked or has found something.
+async fn their_nodes_are_found(nodes: &Nodes) {
+    for (name, executor) in executors() {
+        again_and_again(&format!("{name}, nodes are found"), 100, async |number| {
+            let address = nodes.memcached.address();
+            let discovery = Discovery::polled(move || {
+                let found = NodeSpec::new(&address).map(|spec| vec![spec]);
+                async move {
+                    match number % 3 {
+                        0 => std::future::pending().await,
+                        _ => found,
+                    }
+                }
+            });
+            let client = Client::builder()
+                .discover(discovery)
+                .executor(executor())
+                .timeout(Duration::from_secs(5))
+                .attempt_timeout(Duration::from_secs(2))
+                .build()
+                .unwrap();
+            let found = async || client.get("k").await.is_ok();
+            let until = Instant::now() + PATIENCE;
+            while number % 3 == 1 && !found().await {
+                assert!(Instant::now() < until, "no node is found");
+                sleep(Duration::from_millis(1)).await;
+            }
+            if number % 2 == 0 {
+                let address = nodes.memcached.address();
+                let spec = NodeSpec::new(&address).unwrap();
+                client.follow(Discovery::fixed(vec![spec])).unwrap();
+            }
+        })
+        .await;
+    }
 }
 
 async fn they_are_used_and_dropped(nodes: &Nodes) {

@@ -5,7 +5,6 @@
 //! outdates its key wherever it was before.
 
 use std::collections::HashSet;
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::ring::{Continuum, NodeName, Ring, RingNode};
@@ -153,7 +152,7 @@ impl Ring {
         lines.sort_unstable();
         let mut text = format!("{}\n", self.label());
         for line in lines {
-            let _infallible = text.write_str(&line);
+            text.push_str(&line);
         }
         // FNV-1a of 64 bits, folded.
         let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {

@@ -94,12 +94,11 @@ impl Following {
     }
 
     /// Something has come of the discovery whose turn it is.
-    fn tell(&self, turn: u64, tell: impl FnOnce(&mut DiscoveryStatus)) {
+    fn tell<T>(&self, turn: u64, tell: impl FnOnce(&mut DiscoveryStatus) -> T) -> Option<T> {
         self.change(|status| {
-            if self.is_turn_of(turn) {
-                tell(status.get_or_insert_default());
-            }
-        });
+            let its_turn = self.is_turn_of(turn);
+            its_turn.then(|| tell(status.get_or_insert_default()))
+        })
     }
 }
 
@@ -120,9 +119,8 @@ pub(crate) fn drive(
     connector: Arc<dyn Connector>,
 ) -> impl Future<Output = ()> + Send + 'static {
     let turn = target.following.next_turn();
-    target
-        .following
-        .tell(turn, |status| *status = DiscoveryStatus::default());
+    let following = &target.following;
+    let _before = following.tell(turn, std::mem::take);
     let running = Running {
         following: target.following.clone(),
         turn,
@@ -253,8 +251,8 @@ impl Driver {
         !*ended || self.next.is_some()
     }
 
-    fn tell(&self, tell: impl FnOnce(&mut DiscoveryStatus)) {
-        self.running.following.tell(self.running.turn, tell);
+    fn tell<T>(&self, tell: impl FnOnce(&mut DiscoveryStatus) -> T) -> Option<T> {
+        self.running.following.tell(self.running.turn, tell)
     }
 
     fn found(&mut self, found: Found) -> bool {
@@ -285,10 +283,11 @@ impl Driver {
 
     fn failed(&self, reason: &'static str, error: Error) {
         telemetry::discovery_failed(&self.running.following.group, reason);
-        self.tell(|status| {
+        // The one before may have come from the user: it is dropped outside of the lock.
+        let _before = self.tell(|status| {
             status.failures += 1;
             status.failing_since.get_or_insert_with(SystemTime::now);
-            status.last_error = Some(error);
+            status.last_error.replace(error)
         });
     }
 

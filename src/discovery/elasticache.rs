@@ -92,10 +92,8 @@ impl ElastiCache {
             };
             match answer {
                 Answer::List(list) => return Ok(list),
-                Answer::Nothing => {}
-                Answer::Unknown => {}
+                Answer::Nothing | Answer::Unknown => input.clear(),
             }
-            input.clear();
         }
         Err(self.broken("it has no list of a cluster's nodes"))
     }
