@@ -28,6 +28,10 @@ pub(crate) enum Server {
 pub(crate) enum Connection {
     Tcp,
     Unix,
+    /// Over TCP.
+    Tls,
+    /// Over TCP, to a server that asks for a password.
+    Password,
 }
 
 /// What a behaviour is to come to.
@@ -42,19 +46,20 @@ pub(crate) enum Expected {
 
 /// The lines of the matrix.
 pub(crate) const LINES: &[(Protocol, Server, &[Connection])] = {
-    use Connection::{Tcp, Unix};
+    use Connection::{Password, Tcp, Tls, Unix};
+    const ALL: &[Connection] = &[Tcp, Unix, Tls, Password];
     use Protocol::{Auto, Classic, Meta};
     use Server::{InProcess, InProcess1439, InProcessProxy, Memcached, Twemproxy};
     &[
-        (Auto, Memcached, &[Tcp, Unix]),
-        (Meta, Memcached, &[Tcp, Unix]),
-        (Meta, InProcess, &[Tcp, Unix]),
-        (Classic, Memcached, &[Tcp, Unix]),
-        (Classic, InProcess, &[Tcp, Unix]),
+        (Auto, Memcached, ALL),
+        (Meta, Memcached, ALL),
+        (Meta, InProcess, ALL),
+        (Classic, Memcached, ALL),
+        (Classic, InProcess, ALL),
         (Classic, Twemproxy, &[Tcp, Unix]),
         (Auto, Twemproxy, &[Tcp, Unix]),
-        (Auto, InProcess1439, &[Tcp]),
-        (Auto, InProcessProxy, &[Tcp]),
+        (Auto, InProcess1439, &[Tcp, Unix]),
+        (Auto, InProcessProxy, &[Tcp, Unix]),
     ]
 };
 
@@ -128,7 +133,7 @@ impl fmt::Display for Server {
 }
 
 impl Connection {
-    pub(crate) const ALL: [Self; 2] = [Self::Tcp, Self::Unix];
+    pub(crate) const ALL: [Self; 4] = [Self::Tcp, Self::Unix, Self::Tls, Self::Password];
 }
 
 impl fmt::Display for Connection {
@@ -136,6 +141,8 @@ impl fmt::Display for Connection {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Unix => "Unix socket",
+            Self::Tls => "TLS",
+            Self::Password => "password",
         })
     }
 }

@@ -1,6 +1,11 @@
 //! One suite of everything the client does, run against every server, over every kind of connection, in every protocol:
 //! `docs/COMPATIBILITY.md` shows what comes of it, and is compared with it. What is run where is in `cells`.
-#![cfg(all(feature = "testing", feature = "classic", target_os = "linux"))]
+#![cfg(all(
+    feature = "testing",
+    feature = "classic",
+    feature = "tls",
+    target_os = "linux"
+))]
 
 mod cells;
 mod matrix;
