@@ -29,6 +29,10 @@ const AT_MOST: usize = 16;
 /// How long each may last.
 const LONGEST: Duration = Duration::from_secs(600);
 
+/// How many bytes each may bring: far more than the answers to what was in flight, and less than a
+/// server that never stops would keep us busy with.
+const MOST: u64 = 256 << 20;
+
 /// Writes whose connection has been given up, until it is known to have ended.
 pub(super) struct Lingering {
     site: Arc<Site>,
@@ -102,7 +106,14 @@ impl Drop for Lingering {
 /// Says that no more will come, and reads until the server says so, too.
 async fn drained(stream: &mut BoxStream) -> io::Result<()> {
     stream.shutdown().await?;
-    let mut discarded = [0; 4096];
-    while stream.read(&mut discarded).await? > 0 {}
-    Ok(())
+    let (mut discarded, mut left) = ([0; 16 * 1024], MOST);
+    loop {
+        match stream.read(&mut discarded).await? {
+            0 => return Ok(()),
+            read => left = left.saturating_sub(read as u64),
+        }
+        if left == 0 {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+    }
 }
