@@ -875,7 +875,10 @@ fn answer(
 
         (Expect::Version, Reply::Version(version)) => Response::Version(version),
         (Expect::Flushed, Reply::Ok) => Response::Flushed,
-        (Expect::Stats(stats), Reply::Stat(name, counter)) if stats.len() < MAX_STATS => {
+        // Each is told once: more of the same would go on for ever.
+        (Expect::Stats(stats), Reply::Stat(name, counter))
+            if stats.len() < MAX_STATS && !stats.contains_key(&name) =>
+        {
             stats.insert(name, counter);
             return Ok(Answer::More);
         }

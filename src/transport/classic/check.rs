@@ -381,7 +381,7 @@ impl<'a> Check<'a> {
                     return Ok(self.pass(format!("VERSION {version}").as_bytes()));
                 }
                 (Asked::Stats(stats), Some(Reply::Stat(name, counter)))
-                    if stats.len() < MAX_STATS =>
+                    if stats.len() < MAX_STATS && !stats.contains_key(&name) =>
                 {
                     stats.insert(name, counter);
                     return Ok(None);
