@@ -15,6 +15,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::io::{AsyncRead, AsyncWrite};
 use tokio::io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, ReadBuf};
+use tokio::task::coop::poll_proceed;
 
 use super::check::{Check, Stop};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
@@ -266,11 +267,18 @@ impl<'a, 'b> Guard<'a, 'b> {
     fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let error = match self.broken.take() {
             Some(broken) => broken,
-            None => match ready!(self.link.poll_fill(cx)) {
-                Ok(0) => closed(),
-                Err(error) => lost("reading failed", error),
-                Ok(_) => return Poll::Ready(Ok(())),
-            },
+            None => {
+                // A server that never stops talking must not keep us from the time, nor others from
+                // theirs.
+                let turn = ready!(poll_proceed(cx));
+                let read = ready!(self.link.poll_fill(cx));
+                turn.made_progress();
+                match read {
+                    Ok(0) => closed(),
+                    Err(error) => lost("reading failed", error),
+                    Ok(_) => return Poll::Ready(Ok(())),
+                }
+            }
         };
         Poll::Ready(Err(self.stop(Stopped::Lost(error))))
     }
@@ -286,8 +294,11 @@ impl<'a, 'b> Guard<'a, 'b> {
         } else if let Some(broken) = self.broken.take() {
             return Poll::Ready(Err(self.stop(Stopped::Lost(broken))));
         } else {
+            let turn = ready!(poll_proceed(cx));
             let stream = Pin::new(&mut self.link.stream);
-            if let Err(error) = ready!(stream.poll_read(cx, &mut into)) {
+            let read = ready!(stream.poll_read(cx, &mut into));
+            turn.made_progress();
+            if let Err(error) = read {
                 let error = lost("reading failed", error);
                 return Poll::Ready(Err(self.stop(Stopped::Lost(error))));
             }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
 
 use tokio::sync::{oneshot, watch};
+use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, sleep_until};
 
 use super::Place;
@@ -341,12 +342,17 @@ impl Job {
             if let Poll::Ready(outcome) = exchange.as_mut().poll(cx) {
                 return Poll::Ready(End::Answered(outcome));
             }
-            if has_drained.as_mut().poll(cx).is_ready() {
+            // Also when it is our turn that is over, as with a server that never stops talking: tokio's
+            // own would then not say that they are due.
+            if pin!(unconstrained(has_drained.as_mut()))
+                .poll(cx)
+                .is_ready()
+            {
                 let error = shared.drained.borrow().clone();
                 let error = error.unwrap_or_else(|| shared.site.shut_down());
                 return Poll::Ready(End::Drained(error));
             }
-            while timer.as_mut().poll(cx).is_ready() {
+            while pin!(unconstrained(timer.as_mut())).poll(cx).is_ready() {
                 let (now, due) = (Instant::now(), timer.deadline());
                 let late = now > due + LATE;
                 if times.release_at <= now
