@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use super::protocol::Dialect;
 use super::site::Site;
 use super::{BoxStream, Event};
 use crate::key::Key;
@@ -80,16 +81,19 @@ impl Lingering {
                 Either::Right(_) => Err(io::ErrorKind::TimedOut.into()),
             }
         };
-        self.certain = match ended {
-            Ok(()) => true,
-            Err(error) => matches!(
-                error.kind(),
-                // The last is an end without TLS's own farewell.
-                io::ErrorKind::ConnectionReset
-                    | io::ErrorKind::BrokenPipe
-                    | io::ErrorKind::UnexpectedEof
-            ),
-        };
+        // What a proxy has taken it may still have passed on.
+        let direct = self.site.spoken.get() != Some(Dialect::Classic { proxy: true });
+        self.certain = direct
+            && match ended {
+                Ok(()) => true,
+                Err(error) => matches!(
+                    error.kind(),
+                    // The last is an end without TLS's own farewell.
+                    io::ErrorKind::ConnectionReset
+                        | io::ErrorKind::BrokenPipe
+                        | io::ErrorKind::UnexpectedEof
+                ),
+            };
     }
 }
 
