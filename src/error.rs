@@ -55,8 +55,10 @@ pub enum ErrorKind {
     Rejected,
     /// `increment` or `decrement` of a value that is not a number.
     NotANumber,
-    /// The server is too old for what was asked (see [`MINIMUM_VERSION`](crate::MINIMUM_VERSION)); or it
-    /// is not for this client, as to append to values that may be compressed (nothing was sent then),
+    /// It cannot be done here: the server is too old for the meta protocol and is to be asked in no other
+    /// ([`MINIMUM_VERSION`](crate::MINIMUM_VERSION)); the classic protocol, or a proxy, has no way to say
+    /// it (nothing was sent; `docs/COMPATIBILITY.md` has the list) or the server does not know the command;
+    /// it is not for this client, as to append to values that may be compressed (nothing was sent);
     /// or a value is compressed in a way that the crate is built without.
     Unsupported,
     /// A value could not be encoded (nothing was sent), or what was read is not what it should be: its

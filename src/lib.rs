@@ -29,9 +29,9 @@
 //!   v
 //! your layers     ClientBuilder::node_layer: any tower::Layer
 //!   v ==== bounded queue: the only door to the I/O executor ====
-//! Pipelined       many requests on few connections
+//! Transport       Pipelined, many requests on few connections; or classic, a pool of connections
 //!   v
-//! Connector       TCP, Unix sockets, yours
+//! Connector       TCP, Unix sockets, TLS, yours
 //! ```
 //!
 //! Each is a [`tower::Service`] of [`Request`] with a [`Response`], usable around any other.
@@ -53,13 +53,21 @@
 //! [invalidated](Client::invalidate) is not read any more. [`read_through`] has the parts, and
 //! `docs/DATABASE_FALLBACK.md` how to choose the limits.
 //!
+//! # Which servers
+//!
+//! memcached 1.6.13 and later is asked in its meta protocol; older servers, and proxies, in the classic one:
+//! [`Protocol`]. Nodes may be listed, or found ([`discovery`]). `docs/COMPATIBILITY.md` has what works with which.
+//!
 //! # Feature flags
 //!
+//! - `classic` (default): the classic protocol, over a pool of connections.
 //! - `testing`: an in-process memcached with run-time faults, a TCP proxy with toxics, and control
 //!   of real memcached processes, for tests.
 //! - `tls`: connections over TLS, by rustls ([`ClientBuilder::tls`]).
 //! - `srv`: [`discovery`] by `SRV` records.
-//! - `serde`: [`Config`] and the settings in it as data, for a service's own TOML or YAML.
+//! - `serde`: [`Config`] and the settings in it as data, for a service's own TOML or YAML; values of one type,
+//!   as JSON or postcard ([`Client::typed`]).
+//! - `lz4`, `zstd`: compression ([`ClientBuilder::compression`]).
 //!
 //! `docs/CONFIGURATION.md` has every setting.
 
