@@ -338,8 +338,10 @@ const SCENARIOS: &[Scenario] = &[
     }),
 ];
 
+type Greets = fn() -> Answer;
+
 /// What it answers to the greeting.
-const GREETINGS: &[(&str, fn() -> Answer)] = &[
+const GREETINGS: &[(&str, Greets)] = &[
     ("a greeting without end", || for_ever("VERSION ", "1")),
     ("greetings without end", || {
         for_ever("VERSION 1.6.18\r\n", "VERSION 1.6.18\r\n")
@@ -364,7 +366,7 @@ const GREETINGS: &[(&str, fn() -> Answer)] = &[
 enum Mood {
     Good,
     Bad(fn(&Asked<'_>) -> Answer),
-    Rude(fn() -> Answer),
+    Rude(Greets),
 }
 
 /// A hostile server, until it is told to be good.

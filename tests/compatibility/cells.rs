@@ -44,8 +44,14 @@ pub(crate) enum Expected {
     Lacks,
 }
 
+/// A protocol and a server, over each of these connections.
+pub(crate) type Line = (Protocol, Server, &'static [Connection]);
+
+/// The name of a behaviour, in which cells, and what comes of it there.
+pub(crate) type Exception = (&'static str, fn(&Cell) -> bool, Expected);
+
 /// The lines of the matrix.
-pub(crate) const LINES: &[(Protocol, Server, &[Connection])] = {
+pub(crate) const LINES: &[Line] = {
     use Connection::{Password, Tcp, Tls, Unix};
     const ALL: &[Connection] = &[Tcp, Unix, Tls, Password];
     use Protocol::{Auto, Classic, Meta};
@@ -63,8 +69,8 @@ pub(crate) const LINES: &[(Protocol, Server, &[Connection])] = {
     ]
 };
 
-/// What does not work, by the name of the behaviour, and in which cells.
-pub(crate) const EXCEPTIONS: &[(&str, fn(&Cell) -> bool, Expected)] = &[
+/// What does not work.
+pub(crate) const EXCEPTIONS: &[Exception] = &[
     ("`Key::binary`", Cell::is_classic, Expected::Unsupported),
     (
         "one load among several processes (leases)",
@@ -83,7 +89,7 @@ pub(crate) const EXCEPTIONS: &[(&str, fn(&Cell) -> bool, Expected)] = &[
 
 impl Cell {
     pub(crate) fn all() -> Vec<Self> {
-        let cells = |&(protocol, server, connections): &(_, _, &'static [_])| {
+        let cells = |&(protocol, server, connections): &Line| {
             connections.iter().map(move |&connection| Self {
                 protocol,
                 server,

@@ -108,7 +108,7 @@ macro_rules! suite {
         /// In the order of the document.
         pub(crate) const SUITE: &[Behaviour] = &[$(Behaviour {
             name: $name,
-            run: |site| async move { Ok($behaviour(&site).await?) }.boxed_local(),
+            run: |site| async move { $behaviour(&site).await.map_err(Trouble::from) }.boxed_local(),
         }),*];
     };
 }
