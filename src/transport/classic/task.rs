@@ -124,9 +124,7 @@ impl Job {
 
     /// Takes a connection; `None` if its caller leaves meanwhile.
     async fn borrow(&mut self) -> Option<Result<Lent>> {
-        let Some(mut answer) = self.answer.take() else {
-            return None;
-        };
+        let mut answer = self.answer.take()?;
         let borrowed = {
             let mut waiting = pin!(self.wait_for_connection());
             poll_fn(|cx| {
