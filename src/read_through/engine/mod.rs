@@ -467,12 +467,7 @@ impl Engine {
                     with_cas: true,
                 };
                 match self.ask(query, Request::new(operation), by).await? {
-                    // Nobody tells what TTL is left, so nothing is kept past it, as if this were not its
-                    // home: it would be given as fresh.
-                    Response::Value(value) => Ok(Lookup {
-                        away: true,
-                        ..plain(value)
-                    }),
+                    Response::Value(value) => Ok(plain(value)),
                     other => Err(misfit(&other)),
                 }
             }
