@@ -168,6 +168,7 @@ fn changed(config: &Value, path: &str) -> Value {
         json!({ "nodelay": false }),
         json!({}),
         json!("lz4"),
+        json!("meta"),
         json!(64),
         json!(1 << 4),
         json!({ "kind": "dedicated" }),

@@ -31,6 +31,8 @@ pub(super) struct Greeting<'a> {
     pub(super) address: &'a Address,
     pub(super) protocol: Protocol,
     pub(super) credentials: Option<Credentials>,
+    /// Whether it is known to answer meta commands: then both questions are asked at once.
+    pub(super) is_known_meta: bool,
     /// Whether it is known, and still said by other connections, that it is a proxy.
     pub(super) is_known_proxy: bool,
     pub(super) within: Duration,
@@ -64,6 +66,17 @@ impl Greeting<'_> {
 
     async fn meet(&self) -> Result<Connected, Failure> {
         let classic = cfg!(feature = "classic") && self.protocol != Protocol::Meta;
+        // Who wants a password answers only the last of several questions.
+        if classic && self.is_known_meta && self.credentials.is_none() {
+            let mut stream = self.dial().await?;
+            if let Some(version) = meta_version(&mut stream).await {
+                return Ok(Connected {
+                    stream,
+                    version: Some(version),
+                    dialect: Dialect::Meta,
+                });
+            }
+        }
         // It may close the connection on `mn` because it is a proxy, or because it is being restarted
         // just then: only who does so twice is a proxy.
         let mut closed = match self.is_known_proxy {
@@ -207,6 +220,30 @@ impl Said {
         };
         let error = failed(format!("it does not answer like a memcached: {violation}"));
         (ConnectFailure::Other, error.with_source(violation))
+    }
+}
+
+/// The version of a server that answers meta commands; `None` if it does not, or not any more.
+async fn meta_version(stream: &mut BoxStream) -> Option<ServerVersion> {
+    stream.write_all(b"version\r\nmn\r\n").await.ok()?;
+    stream.flush().await.ok()?;
+    let mut parser = Parser::new(0);
+    let mut input = BytesMut::with_capacity(256);
+    let mut version = None;
+    loop {
+        match (parser.parse(&mut input).ok()?, version) {
+            (Some(Reply::Version(text)), None) => {
+                let known = ServerVersion::parse(&text);
+                version = Some(known.filter(|known| known.is_supported())?);
+            }
+            (Some(Reply::BatchEnd), Some(version)) if input.is_empty() => return Some(version),
+            (Some(_), _) => return None,
+            (None, _) => {
+                if stream.read_buf(&mut input).await.ok()? == 0 {
+                    return None;
+                }
+            }
+        }
     }
 }
 

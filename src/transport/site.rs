@@ -91,6 +91,8 @@ impl Site {
             connector: &*self.connector,
             address: &self.address,
             protocol: self.protocol,
+            is_known_meta: self.protocol == Protocol::Auto
+                && self.spoken.get() == Some(Dialect::Meta),
             is_known_proxy: proxy && self.up() > 0,
             credentials: settings.credentials.clone(),
             within: settings.connect_within(),
