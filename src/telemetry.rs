@@ -30,8 +30,9 @@ pub const CONNECTIONS: &str = "memcached_connections";
 pub const BREAKER_STATE: &str = "memcached_breaker_state";
 /// What decides where keys go, as a number ([`Client::ring_fingerprint`](crate::Client::ring_fingerprint));
 /// a gauge, set each second, 0 while there are no nodes. Services that share a cache must show the same
-/// one: `count(count_values("ring", memcached_ring_fingerprint))` over those that do is 1. Label: `group`
-/// whose nodes they are (`client` for those of the whole client).
+/// one: `count(count_values("ring", memcached_ring_fingerprint > 0))` over those that do is 1. Label: `group`
+/// whose nodes they are (`client` for those of the whole client). Of several clients in one process that
+/// have the same group it shows one or the other: ask these themselves.
 pub const RING_FINGERPRINT: &str = "memcached_ring_fingerprint";
 /// A [discovery](crate::discovery) has not found a list of nodes that can be used: those there are stay.
 /// Labels: `group` whose nodes they are (`client` for those of the whole client), `reason` (`error`;

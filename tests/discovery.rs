@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 use tower_memcached::testing::Server;
 use tower_memcached::{
     Address, BoxStream, BreakerState, Client, Connecting, Connector, Discovery, Error, ErrorKind,
-    Executor, GroupSettings, Key, NodeSpec, Ring, Sent, Ttl,
+    Executor, GroupSettings, JournalSettings, Key, NodeSpec, Ring, Sent, Ttl,
 };
 
 /// Waits until a condition holds.
@@ -350,6 +350,107 @@ async fn what_was_written_before_there_were_nodes_is_not_read_as_it_was() {
     );
 }
 
+/// Everybody else may have written there since.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_has_waited_long_for_its_nodes_gets_them_all_the_same() {
+    let servers = four();
+    let keys: Vec<_> = (0..20_000).map(|n| format!("key-{n}")).collect();
+    for server in &servers {
+        server.insert(&keys[0], "old");
+        server.insert(&keys[19_999], "old");
+    }
+    let (tell, discovery) = told();
+    let client = discovering(Places::of(&servers), discovery);
+    for key in &keys {
+        client.delete(key.as_str()).await.unwrap_err();
+    }
+    tell.unbounded_send(Ok(of(&[0, 1, 2]))).unwrap();
+    for key in [&keys[0], &keys[19_999]] {
+        assert_eq!(client.get(key.as_str()).await.unwrap_or(None), None);
+    }
+    sleep(secs(1)).await;
+    let nodes = client.nodes();
+    assert!(nodes.iter().all(|node| node.state == BreakerState::Closed));
+    // Each is deleted at its home, not all of them everywhere.
+    let deletions: u64 = servers
+        .iter()
+        .map(|server| server.commands_named("md"))
+        .sum();
+    assert!((20_000..21_000).contains(&deletions), "{deletions}");
+    for key in [&keys[0], &keys[19_999]] {
+        assert_eq!(client.get(key.as_str()).await.unwrap(), None);
+    }
+}
+
+/// More than can be remembered: then only a server that is empty since has nothing old.
+#[tokio::test(start_paused = true)]
+async fn what_was_forgotten_of_the_time_without_nodes_keeps_a_server_out_until_it_is_restarted() {
+    let servers = four();
+    let (tell, discovery) = told();
+    let client = Client::builder()
+        .discover(discovery)
+        .connector(Places::of(&servers))
+        .executor(Executor::current())
+        .journal(JournalSettings::default().capacity(10))
+        .build()
+        .unwrap();
+    for n in 0..1_000 {
+        client.delete(format!("key-{n}")).await.unwrap_err();
+    }
+    tell.unbounded_send(Ok(of(&[0, 1, 2]))).unwrap();
+    sleep(secs(30)).await;
+    let is_in = |client: &Client| -> Vec<_> {
+        let nodes = client.nodes().into_iter();
+        nodes.map(|node| node.state != BreakerState::Open).collect()
+    };
+    assert_eq!(is_in(&client), [false, false, false]);
+    // Its clock has whole seconds, of the real time.
+    std::thread::sleep(ms(1_100));
+    servers[1].restart_empty();
+    sleep(secs(30)).await;
+    assert_eq!(is_in(&client), [false, true, false]);
+    client.flush_all().await.unwrap();
+    sleep(secs(30)).await;
+    assert_eq!(is_in(&client), [true, true, true]);
+}
+
+/// Of hundreds of nodes that are out one changes all the time.
+#[tokio::test(start_paused = true)]
+async fn a_list_is_heard_while_nodes_change_without_end() {
+    let servers = four();
+    let (tell, discovery) = told();
+    let client = Client::builder()
+        .discover(discovery)
+        .connector(Places::of(&servers))
+        .executor(Executor::current())
+        .group("own", GroupSettings::default().nodes(["10.0.0.0"]))
+        .build()
+        .unwrap();
+    let own = client.group("own").unwrap();
+    let restless = tokio::spawn(async move {
+        loop {
+            for nodes in [&["10.0.0.0"][..], &["10.0.0.1"]] {
+                own.set_nodes(nodes.iter().copied()).unwrap();
+                sleep(ms(1)).await;
+            }
+        }
+    });
+    sleep(secs(1)).await;
+    tell.unbounded_send(Ok(of(&[2, 3]))).unwrap();
+    sleep(secs(1)).await;
+    assert_eq!(
+        client
+            .discovery()
+            .unwrap()
+            .last_error
+            .map(|error| error.to_string()),
+        None
+    );
+    let found = client.nodes().into_iter().map(|node| node.node);
+    assert!(found.into_iter().any(|name| &*name == "cache-3"));
+    restless.abort();
+}
+
 #[tokio::test(start_paused = true)]
 async fn nodes_that_are_listed_are_used_until_others_are_found() {
     let servers = four();
@@ -624,6 +725,27 @@ async fn a_source_is_asked_at_once_when_a_node_is_gone_and_not_all_the_time() {
     sleep(secs(3000)).await;
     let times = asked.load(Ordering::Relaxed);
     assert!(times < 20, "{times}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_period_without_end_is_one() {
+    let servers = four();
+    let places = Places::of(&servers);
+    let (asked, discovery) = counted(|_| Ok(of(&[0, 1])));
+    let discovery = discovery.period(Duration::MAX).timeout(Duration::MAX);
+    let client = discovering(places.clone(), discovery.minimum_dwell(Duration::MAX));
+    sleep(secs(3600)).await;
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+    assert!(!client.discovery().unwrap().ended);
+    places.gone.lock().unwrap().push(1);
+    servers[1].close_connections();
+    let keys = keys_of(&of(&[0, 1]), 1, 1);
+    let until = Instant::now() + secs(30);
+    while asked.load(Ordering::Relaxed) < 2 {
+        assert!(Instant::now() < until, "it is not asked again");
+        let _ = client.get(&keys[0]).await;
+        sleep(ms(1)).await;
+    }
 }
 
 /// A stream that has something whenever it is asked.

@@ -305,10 +305,14 @@ impl<S: Clone> Pool<S> {
                 }
             }
             // What is at another address now may be the same server, with what it had, or another one.
-            for Member { node, spec } in &members {
-                let former = current.book_of_name(spec);
-                for book in former.into_iter().chain(current.nowhere()) {
-                    node.shared().inherit(book);
+            // And what was to be written before there were nodes is, as ever, the key's home's to forget.
+            for (index, Member { node, spec }) in members.iter().enumerate() {
+                if let Some(former) = current.book_of_name(spec) {
+                    node.shared().inherit(former, |_| true);
+                }
+                if let Some(nowhere) = current.nowhere() {
+                    node.shared()
+                        .inherit(nowhere, |key| layout.home(key) == index);
                 }
             }
             self.mark.set(self.ring.fingerprint(specs));

@@ -254,6 +254,13 @@ impl Continuum {
             }
     }
 
+    /// The points that several nodes have, and whose each is.
+    pub(crate) fn shared_points(&self) -> impl Iterator<Item = (u32, usize)> {
+        let shared = self.points.chunk_by(|one, next| one.hash == next.hash);
+        let shared = shared.filter(|same| same.iter().any(|point| point.node != same[0].node));
+        shared.map(|same| (same[0].hash, same[0].node as usize))
+    }
+
     fn owner(&self, hash: u32) -> usize {
         match self.points.get(self.successor(hash)) {
             Some(point) => point.node as usize,

@@ -5,6 +5,7 @@
 //! outdates its key wherever it was before.
 
 use std::collections::HashSet;
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::ring::{Continuum, NodeName, Ring, RingNode};
@@ -124,8 +125,10 @@ impl Ring {
     /// key goes to the node of the same name; where it differs some keys do not, or might not when a
     /// node is out.
     ///
-    /// The order of the nodes does not count, nor do their addresses, nor a default port that is
-    /// written or not; of weights only their proportion does. 0 stands for no nodes.
+    /// Addresses do not count, nor does a default port that is written or not; of weights only their
+    /// proportion does. Neither does the order of the nodes, as a rule: of a hundred nodes in 97 cases of
+    /// a hundred. In the others two of them have a point of the ring in common, and whose the few keys
+    /// there are depends on which comes first. 0 stands for no nodes. It builds the whole ring each time.
     ///
     /// It is less than 2^53, so that what passes it on as a floating-point number (metrics, JSON)
     /// passes on all of it.
@@ -153,6 +156,11 @@ impl Ring {
         let mut text = format!("{}\n", self.label());
         for line in lines {
             text.push_str(&line);
+        }
+        // Whose a point is that several nodes have, the order of the list says.
+        let ring: Vec<_> = nodes.iter().map(NodeSpec::ring_node).collect();
+        for (hash, node) in self.build(&ring).shared_points() {
+            let _infallible = writeln!(text, "{hash} {}", nodes[node].identity);
         }
         // FNV-1a of 64 bits, folded.
         let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
@@ -201,8 +209,9 @@ pub(crate) fn validate(specs: &[NodeSpec]) -> Result<(), Invalid> {
 /// How many former layouts are remembered.
 pub(super) const FORMERS: usize = 8;
 
-/// How many keys are remembered that were to be written before there were nodes.
-const WRITTEN_NOWHERE: usize = 10_000;
+/// How many keys are remembered that were to be written before there were nodes: as many as of a node
+/// that is out, by default.
+const WRITTEN_NOWHERE: usize = 100_000;
 
 #[derive(Debug)]
 pub(super) struct Topology<S> {
@@ -295,8 +304,9 @@ impl<S> Topology<S> {
 
     /// The key's own node; `None` if there are no nodes yet.
     pub(super) fn home(&self, key: &Key) -> Option<&Node<S>> {
-        let index = self.layout.continuum.primary(key.as_bytes());
-        self.members.get(index).map(|member| &member.node)
+        self.members
+            .get(self.layout.home(key))
+            .map(|member| &member.node)
     }
 
     /// The nodes that a key goes to, one after the other: its home, and then wherever the ring goes
@@ -369,6 +379,11 @@ impl Layout {
             continuum: Arc::new(ring.build(&nodes)),
             servers: members.iter().map(server).collect(),
         }
+    }
+
+    /// The index of the key's own node.
+    pub(super) fn home(&self, key: &Key) -> usize {
+        self.continuum.primary(key.as_bytes())
     }
 
     /// The same, with the books that are kept now.
@@ -505,6 +520,25 @@ mod tests {
         }
         let nodes = specs(&[("a", 1), ("b", 2)]);
         assert_ne!(one, Ring::spymemcached().fingerprint(&nodes));
+    }
+
+    #[test]
+    fn where_the_order_of_the_nodes_counts_a_fingerprint_tells() {
+        // One in ten of such lists has two nodes on one point.
+        let mut lists = (0..).map(|list| -> Vec<_> {
+            let names = (1..200).map(|node| format!("10.0.{list}.{node}:5"));
+            names.map(|name| NodeSpec::new(&name).unwrap()).collect()
+        });
+        let shared = |nodes: &Vec<NodeSpec>| {
+            let nodes: Vec<_> = nodes.iter().map(NodeSpec::ring_node).collect();
+            let ring = Ring::libmemcached().build(&nodes);
+            ring.shared_points().count() > 0
+        };
+        let nodes = lists.find(shared).unwrap();
+        let reversed: Vec<_> = nodes.iter().rev().cloned().collect();
+        for ring in [Ring::libmemcached(), Ring::spymemcached()] {
+            assert_ne!(ring.fingerprint(&nodes), ring.fingerprint(&reversed));
+        }
     }
 
     #[test]

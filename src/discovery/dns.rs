@@ -16,7 +16,15 @@ pub(super) struct Dns {
     /// Under way: the system's resolver cannot be stopped, and may take longer than we wait. So there
     /// is never more than one.
     asked: Option<BoxFuture<'static, io::Result<Vec<SocketAddr>>>>,
+    /// It had IPv4 addresses.
+    had_v4: bool,
+    /// How often in a row it has had none since.
+    without_v4: u32,
 }
+
+/// So often in a row IPv6 alone is taken for half an answer: the resolver asks for both, and where one
+/// question fails it has what the other brought.
+const HALF_ANSWERS: u32 = 9;
 
 impl Dns {
     pub(super) fn new(name: String, port: u16) -> Self {
@@ -24,7 +32,23 @@ impl Dns {
             name,
             port,
             asked: None,
+            had_v4: false,
+            without_v4: 0,
         }
+    }
+
+    fn found(&mut self, addresses: Vec<SocketAddr>) -> Found {
+        let has_v4 = addresses.iter().any(SocketAddr::is_ipv4);
+        if self.had_v4 && !has_v4 && !addresses.is_empty() && self.without_v4 < HALF_ANSWERS {
+            self.without_v4 += 1;
+            let message = format!("{}: it has no IPv4 addresses any more", self.name);
+            return Err(failed(message));
+        }
+        if !addresses.is_empty() {
+            self.had_v4 = has_v4;
+        }
+        self.without_v4 = 0;
+        nodes(addresses)
     }
 }
 
@@ -42,7 +66,7 @@ impl Look for Dns {
             let answer = asked.as_mut().await;
             self.asked = None;
             let addresses = answer.map_err(|error| failed(format!("{}: {error}", self.name)))?;
-            nodes(addresses)
+            self.found(addresses)
         };
         answer.boxed()
     }
@@ -76,5 +100,33 @@ mod tests {
         assert_eq!(names(&addresses), ["10.0.0.1:5", "10.0.0.2:5"]);
         assert_eq!(names(&addresses[..1]), ["[::1]:5"]);
         assert_eq!(nodes(Vec::new()).unwrap(), []);
+    }
+
+    #[test]
+    fn half_an_answer_does_not_make_other_nodes_of_them_unless_it_stays_so() {
+        let addresses = |of: &[&str]| -> Vec<SocketAddr> {
+            of.iter().map(|address| address.parse().unwrap()).collect()
+        };
+        let (both, half) = (
+            addresses(&["[::1]:5", "10.0.0.1:5"]),
+            addresses(&["[::1]:5"]),
+        );
+        let v4 = nodes(both.clone());
+        let mut it = Dns::new("cache".to_owned(), 5);
+        assert_eq!(
+            it.found(half.clone()).unwrap(),
+            nodes(half.clone()).unwrap()
+        );
+        for _ in 0..3 {
+            assert_eq!(it.found(both.clone()).unwrap(), *v4.as_ref().unwrap());
+            for _ in 0..HALF_ANSWERS {
+                it.found(half.clone()).unwrap_err();
+            }
+        }
+        assert_eq!(
+            it.found(half.clone()).unwrap(),
+            nodes(half.clone()).unwrap()
+        );
+        assert_eq!(it.found(half.clone()).unwrap(), nodes(half).unwrap());
     }
 }

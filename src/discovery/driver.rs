@@ -218,13 +218,13 @@ impl Driver {
                 if dwelt.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::DwellOver);
                 }
-                if let Poll::Ready(changed) = changed.as_mut().poll(cx) {
-                    return Poll::Ready(Event::NodesChanged(changed.is_ok()));
+                // Before the nodes, of which some hundred that are out change all the time: a list is
+                // what they wait for.
+                if !*ended && let Poll::Ready(found) = lists.poll_next_unpin(cx) {
+                    return Poll::Ready(Event::Found(found));
                 }
-                if *ended {
-                    return Poll::Pending;
-                }
-                lists.poll_next_unpin(cx).map(Event::Found)
+                let changed = changed.as_mut().poll(cx);
+                changed.map(|changed| Event::NodesChanged(changed.is_ok()))
             })
             .await
         };

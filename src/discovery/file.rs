@@ -13,10 +13,13 @@ use crate::cluster::NodeSpec;
 /// More than any list of nodes.
 const LONGEST: u64 = 8 * 1024 * 1024;
 
+/// More than a name, a weight and an address.
+const LONGEST_LINE: usize = 8 * 1024;
+
 pub(super) struct File {
     path: PathBuf,
     /// Under way: a network's file system may take longer than we wait, and then goes on.
-    reading: Option<JoinHandle<io::Result<String>>>,
+    reading: Option<JoinHandle<Result<Vec<NodeSpec>, String>>>,
 }
 
 impl File {
@@ -34,16 +37,20 @@ impl Look for File {
             let path = self.path.clone();
             let reading = self
                 .reading
-                .get_or_insert_with(|| tokio::task::spawn_blocking(move || read(&path)));
-            let text = reading.await;
+                .get_or_insert_with(|| tokio::task::spawn_blocking(move || nodes(&path)));
+            let nodes = reading.await;
             self.reading = None;
             let at = |why: String| failed(format!("{}: {why}", self.path.display()));
-            let text = text.map_err(|error| at(error.to_string()))?;
-            let text = text.map_err(|error| at(error.to_string()))?;
-            parse(&text).map_err(at)
+            nodes.map_err(|error| at(error.to_string()))?.map_err(at)
         };
         answer.boxed()
     }
+}
+
+/// Not on the I/O thread: parsing a large file takes time, too.
+fn nodes(path: &Path) -> Result<Vec<NodeSpec>, String> {
+    let text = read(path).map_err(|error| error.to_string())?;
+    parse(&text)
 }
 
 fn read(path: &Path) -> io::Result<String> {
@@ -64,6 +71,13 @@ fn parse(text: &str) -> Result<Vec<NodeSpec>, String> {
         let mut words = line.split_whitespace();
         let Some(name) = words.next() else { continue };
         let at = |why: &str| format!("line {number}: {why}");
+        if line.len() > LONGEST_LINE {
+            // Nor is what is wrong with it quoted.
+            return Err(at("it is too long"));
+        }
+        if specs.len() == usize::from(u16::MAX) {
+            return Err(at("there are more than 65,535 nodes"));
+        }
         let mut spec = NodeSpec::new(name).map_err(|error| at(error.message()))?;
         if let Some(weight) = words.next() {
             let weight = weight.parse().ok().filter(|weight| *weight > 0);
@@ -117,5 +131,14 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert!(error.contains(said), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn no_file_makes_an_endless_list_or_an_endless_message() {
+        let long = "\0".repeat(LONGEST as usize);
+        assert_eq!(parse(&long).unwrap_err(), "line 1: it is too long");
+        let many = "a\n".repeat(70_000);
+        let error = parse(&many).unwrap_err();
+        assert_eq!(error, "line 65536: there are more than 65,535 nodes");
     }
 }

@@ -40,6 +40,13 @@
 //! at once with [`ErrorKind::NodeUnavailable`], unsent, and
 //! [`get_or_load`](crate::Client::get_or_load) goes to the database, through its guard. Nodes that the
 //! builder was given are used until then.
+//!
+//! A key that such a request was to write is deleted at its node once that is found, lest it be read as it
+//! was. Up to 100,000 keys are remembered for that. Should there be more, each node that is found is
+//! treated as one whose journal has overflowed: by default
+//! ([`JournalOverflow::Refuse`](crate::JournalOverflow)) it takes no requests of this client until it is
+//! flushed or restarted. Give a client that writes much, and may start without its discovery, some nodes to
+//! begin with.
 
 mod dns;
 mod driver;
@@ -167,7 +174,9 @@ impl Discovery {
     /// Each address is a node and its own name, such as `10.0.0.7:11211`, because these records have no
     /// other. So a server that comes back with another address is another node, and its keys move; the
     /// names of `SRV` records (feature `srv`, `Discovery::srv`) stay what they are. Of a name
-    /// that has addresses of both kinds only IPv4 is used, lest a server be two nodes.
+    /// that has addresses of both kinds only IPv4 is used, lest a server be two nodes. Should it have
+    /// IPv6 alone after that, this is an error the first nine times in a row, for so looks half an
+    /// answer of the DNS.
     #[must_use]
     pub fn dns(name: impl Into<String>, port: u16) -> Self {
         let name = name.into();
@@ -225,8 +234,9 @@ impl Discovery {
     /// cache-c 1 10.0.0.3:11211
     /// ```
     ///
-    /// A file that is not like that, half written say, is an error, and the nodes stay. One that is cut
-    /// off between two lines is not: write another file and rename it.
+    /// A file that is not like that is an error, and the nodes stay. But one that is half written is like
+    /// that as often as not, with nodes missing or the last name cut off: write another file and rename
+    /// it.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         let path = path.into();

@@ -51,8 +51,9 @@ impl Polled {
     /// Until it is time for the next look.
     async fn wait(&mut self) {
         let Some(looked) = self.looked else { return };
-        let pause = self.pause();
-        let pause = pause.mul_f64(0.9 + 0.2 * fastrand::f64());
+        let pause = self.pause().as_secs_f64() * (0.9 + 0.2 * fastrand::f64());
+        // A period of `Duration::MAX` is one that does not end.
+        let pause = Duration::try_from_secs_f64(pause).unwrap_or(Duration::MAX);
         let over = std::pin::pin!(sleep(pause));
         let requested = std::pin::pin!(self.refresh.requested());
         if let Either::Right(_) = select(over, requested).await {

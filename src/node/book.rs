@@ -276,14 +276,15 @@ impl Book {
     }
 
     /// `heir` is that of a server which may be this one at another address, or another one: all that
-    /// is written here, and will be, is written there, too.
-    pub(super) fn inherited_by(self: &Arc<Self>, heir: &Arc<Self>) {
+    /// is written here, and will be, is written there, too. Of what is there now only the keys that
+    /// `concern` it.
+    pub(super) fn inherited_by(self: &Arc<Self>, heir: &Arc<Self>, concern: impl Fn(&Key) -> bool) {
         let book = self.current();
         if Arc::ptr_eq(&book, heir) {
             return;
         }
         let mut place = book.place();
-        heir.journal.copy(&book.journal);
+        heir.journal.copy(&book.journal, concern);
         heir.leftovers.take_over(&book.leftovers);
         if book.flush_wanted() {
             heir.count_flush();

@@ -431,11 +431,11 @@ impl Journal {
         self.enter(doubts.collect(), overflowed);
     }
 
-    /// Takes the same as `from` has, which keeps it.
-    pub(super) fn copy(&self, from: &Self) {
+    /// Takes the same as `from` has, which keeps it, of the keys that `concern` it.
+    pub(super) fn copy(&self, from: &Self, concern: impl Fn(&Key) -> bool) {
         let (doubts, overflowed) = {
             let inner = from.lock();
-            let keys = inner.keys.iter();
+            let keys = inner.keys.iter().filter(|(key, _)| concern(key));
             let doubts = keys.map(|(key, entry)| Doubt::of(key.clone(), entry));
             (doubts.collect(), inner.has_overflowed())
         };

@@ -23,6 +23,7 @@ use crate::executor::{LATE, after};
 use crate::request::{Operation, Request};
 use crate::response::Response;
 use crate::telemetry::{Event, REMADE_EVERY};
+use crate::transport::Transport;
 
 /// The first probe after opening, the next one after a first success, and the next try to delete
 /// what could not be deleted.
@@ -289,6 +290,12 @@ impl Agenda {
     async fn restarted(&self, shared: &Arc<Shared>) -> Result<bool> {
         let now = birth(shared).await?;
         let before = shared.book.known_birth();
+        if before.is_none() {
+            // Not since then, as far as is known; but from now on it will be seen.
+            let connections = shared.transport.as_ref().map_or(0, Transport::newest);
+            shared.book.set_birth(now, connections);
+            return Ok(false);
+        }
         Ok(before.zip(now).is_some_and(|(before, now)| before != now))
     }
 }

@@ -548,9 +548,10 @@ impl Shared {
         self.wake.notify_one();
     }
 
-    /// The same of a book that stays another server's, which may be this one all the same.
-    pub(crate) fn inherit(self: &Arc<Self>, book: &Arc<Book>) {
-        book.inherited_by(&self.book);
+    /// The same of a book that stays another server's, which may be this one all the same; of its keys
+    /// those that `concern` this one.
+    pub(crate) fn inherit(self: &Arc<Self>, book: &Arc<Book>, concern: impl Fn(&Key) -> bool) {
+        book.inherited_by(&self.book, concern);
         self.sees_to_its_debts();
         self.wake.notify_one();
     }
