@@ -414,6 +414,48 @@ async fn what_was_forgotten_of_the_time_without_nodes_keeps_a_server_out_until_i
     assert_eq!(is_in(&client), [true, true, true]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_node_of_which_much_was_forgotten_is_not_believed_because_it_has_moved() {
+    let mut servers = vec![Server::new(), Server::new()];
+    // A process is known by when it was started, in seconds of the real time.
+    std::thread::sleep(ms(1_100));
+    servers.extend([Server::new(), Server::new()]);
+    for n in 0..1_000 {
+        servers[2].insert(format!("key-{n}"), "old");
+    }
+    let places = Places::of(&servers);
+    let client = Client::builder()
+        .nodes(["10.0.0.0"])
+        .connector(places.clone())
+        .executor(Executor::current())
+        .journal(JournalSettings::default().capacity(10))
+        .build()
+        .unwrap();
+    client.set_node_specs(specs(&[(0, "10.0.0.1")])).unwrap();
+    client.set("k", "v", Ttl::NEVER).await.unwrap();
+    // It learns whom it has to do with.
+    sleep(secs(10)).await;
+    places.gone.lock().unwrap().push(1);
+    servers[1].close_connections();
+    sleep(secs(10)).await;
+    for n in 0..1_000 {
+        client.delete(format!("key-{n}")).await.unwrap_err();
+    }
+    // Another server that was there all the time, and may have been asked by others.
+    client.set_node_specs(specs(&[(0, "10.0.0.2")])).unwrap();
+    for n in 0..1_000 {
+        let found = client.get(format!("key-{n}")).await.unwrap_or(None);
+        assert_eq!(found, None);
+        sleep(ms(20)).await;
+    }
+    assert_eq!(client.nodes()[0].state, BreakerState::Open);
+    // One that has been started since has nothing old.
+    servers[3].restart_empty();
+    client.set_node_specs(specs(&[(0, "10.0.0.3")])).unwrap();
+    sleep(secs(30)).await;
+    assert_eq!(client.nodes()[0].state, BreakerState::Closed);
+}
+
 /// Of hundreds of nodes that are out one changes all the time.
 #[tokio::test(start_paused = true)]
 async fn a_list_is_heard_while_nodes_change_without_end() {
@@ -731,12 +773,20 @@ async fn a_source_is_asked_at_once_when_a_node_is_gone_and_not_all_the_time() {
 async fn a_period_without_end_is_one() {
     let servers = four();
     let places = Places::of(&servers);
-    let (asked, discovery) = counted(|_| Ok(of(&[0, 1])));
-    let discovery = discovery.period(Duration::MAX).timeout(Duration::MAX);
-    let client = discovering(places.clone(), discovery.minimum_dwell(Duration::MAX));
-    sleep(secs(3600)).await;
-    assert_eq!(asked.load(Ordering::Relaxed), 1);
-    assert!(!client.discovery().unwrap().ended);
+    let endless = || {
+        let (asked, discovery) = counted(|_| Ok(of(&[0, 1])));
+        let discovery = discovery.period(Duration::MAX).timeout(Duration::MAX);
+        let discovery = discovery.minimum_dwell(Duration::MAX);
+        (asked, discovering(places.clone(), discovery))
+    };
+    // It is a bit more or less.
+    let clients: Vec<_> = (0..20).map(|_| endless()).collect();
+    sleep(secs(60)).await;
+    for (asked, client) in &clients {
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        assert!(!client.discovery().unwrap().ended);
+    }
+    let (asked, client) = &clients[0];
     places.gone.lock().unwrap().push(1);
     servers[1].close_connections();
     let keys = keys_of(&of(&[0, 1]), 1, 1);

@@ -290,7 +290,8 @@ impl Book {
             heir.count_flush();
         }
         if heir.journal.has_overflowed() {
-            heir.set_birth(book.known_birth(), 0);
+            // Another process there says nothing: it may always have been another server's.
+            heir.set_birth(None, 0);
         }
         if let Place::Here(_, heirs) = &mut *place {
             heirs.retain(|heir| heir.strong_count() > 0);

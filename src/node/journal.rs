@@ -61,6 +61,8 @@ struct Inner {
     overflows: u64,
     /// How many of these do not matter any more.
     made_up: u64,
+    /// Since when there has been no room, if what has [overflowed](Self::has_overflowed) matters.
+    since: Option<Instant>,
     /// The server is none of the nodes now: nobody deletes anything there.
     away: bool,
     /// Counts what happens to the keys.
@@ -144,6 +146,16 @@ impl Inner {
         self.overflows > self.made_up
     }
 
+    fn overflow(&mut self, since: Instant) {
+        let before = self.overflowed_since();
+        self.since = Some(before.map_or(since, |before| before.min(since)));
+        self.overflows += 1;
+    }
+
+    fn overflowed_since(&self) -> Option<Instant> {
+        self.since.filter(|_| self.has_overflowed())
+    }
+
     /// Nothing is to be done at once.
     fn is_idle(&self) -> bool {
         !matches!(self.agenda.first_key_value(), Some(((None, _), _)))
@@ -214,7 +226,7 @@ impl Journal {
             }
             Place::Vacant(_) if full => {
                 let first = !inner.has_overflowed();
-                inner.overflows += 1;
+                inner.overflow(Instant::now());
                 if inner.away {
                     self.forget_certain(&mut inner);
                 }
@@ -425,7 +437,7 @@ impl Journal {
             let mut inner = from.lock();
             inner.agenda.clear();
             from.held.store(0, Ordering::Release);
-            (std::mem::take(&mut inner.keys), inner.has_overflowed())
+            (std::mem::take(&mut inner.keys), inner.overflowed_since())
         };
         let doubts = keys.into_iter().map(|(key, entry)| Doubt::of(key, &entry));
         self.enter(doubts.collect(), overflowed);
@@ -437,12 +449,12 @@ impl Journal {
             let inner = from.lock();
             let keys = inner.keys.iter().filter(|(key, _)| concern(key));
             let doubts = keys.map(|(key, entry)| Doubt::of(key.clone(), entry));
-            (doubts.collect(), inner.has_overflowed())
+            (doubts.collect(), inner.overflowed_since())
         };
         self.enter(doubts, overflowed);
     }
 
-    fn enter(&self, doubts: Vec<Doubt>, overflowed: bool) {
+    fn enter(&self, doubts: Vec<Doubt>, overflowed: Option<Instant>) {
         // Should there be too little room, emptying the server will do for what is certain.
         let (certain, uncertain): (Vec<_>, Vec<_>) = doubts
             .into_iter()
@@ -459,8 +471,8 @@ impl Journal {
         for doubt in certain {
             self.record(&doubt.key, Reason::Outdated);
         }
-        if overflowed {
-            self.lock().overflows += 1;
+        if let Some(since) = overflowed {
+            self.lock().overflow(since);
         }
     }
 
@@ -494,6 +506,10 @@ impl Journal {
 
     pub(super) fn has_overflowed(&self) -> bool {
         self.lock().has_overflowed()
+    }
+
+    pub(super) fn overflowed_since(&self) -> Option<Instant> {
+        self.lock().overflowed_since()
     }
 
     /// Counts what has been forgotten here, to be told when that is [gone](Self::flushed).

@@ -286,19 +286,29 @@ impl Agenda {
         Ok(())
     }
 
-    /// Whether the server is another process than before the outage: then it holds nothing old.
+    /// Whether the server is another process than before the outage: then it holds nothing old. Where
+    /// that one is not known, it has to be younger than what is forgotten.
     async fn restarted(&self, shared: &Arc<Shared>) -> Result<bool> {
-        let now = birth(shared).await?;
-        let before = shared.book.known_birth();
-        if before.is_none() {
-            // Not since then, as far as is known; but from now on it will be seen.
-            let connections = shared.transport.as_ref().map_or(0, Transport::newest);
-            shared.book.set_birth(now, connections);
+        let Some(Process { birth, uptime }) = process(shared).await? else {
             return Ok(false);
+        };
+        if let Some(before) = shared.book.known_birth() {
+            return Ok(before != birth);
         }
-        Ok(before.zip(now).is_some_and(|(before, now)| before != now))
+        let since = shared.journal.overflowed_since();
+        let forgotten = since.map_or(Duration::ZERO, |since| since.elapsed());
+        if uptime.saturating_add(CLOCKS) < forgotten {
+            return Ok(true);
+        }
+        // From now on it will be seen.
+        let connections = shared.transport.as_ref().map_or(0, Transport::newest);
+        shared.book.set_birth(Some(birth), connections);
+        Ok(false)
     }
 }
+
+/// A server's uptime is in whole seconds, of a clock that ticks once a second.
+const CLOCKS: Duration = Duration::from_secs(2);
 
 /// What tells one process of the server from another: its number and when it was started.
 pub(super) type Birth = (String, u64);
@@ -313,22 +323,33 @@ async fn learn_birth(shared: &Arc<Shared>) {
     if shared.book.knows_birth(connections) {
         return;
     }
-    let birth = birth(shared).await.ok().flatten();
+    let process = process(shared).await.ok().flatten();
+    let birth = process.map(|process| process.birth);
     if transport.newest() == connections {
         shared.book.set_birth(birth, connections);
     }
 }
 
-async fn birth(shared: &Arc<Shared>) -> Result<Option<Birth>> {
+struct Process {
+    birth: Birth,
+    uptime: Duration,
+}
+
+/// The one that answers now, if it says.
+async fn process(shared: &Arc<Shared>) -> Result<Option<Process>> {
     let stats = within(shared, (shared.asker)(Request::new(Operation::Stats))).await?;
     let Response::Stats(stats) = stats else {
         return Ok(None);
     };
     let number = |name| stats.get(name)?.parse::<u64>().ok();
-    let born = number("time")
-        .zip(number("uptime"))
-        .map(|(time, uptime)| time.saturating_sub(uptime));
-    Ok(stats.get("pid").cloned().zip(born))
+    let said = || {
+        let (time, uptime) = (number("time")?, number("uptime")?);
+        Some(Process {
+            birth: (stats.get("pid")?.clone(), time.saturating_sub(uptime)),
+            uptime: Duration::from_secs(uptime),
+        })
+    };
+    Ok(said())
 }
 
 pub(super) fn journal_overflowed() -> Error {
