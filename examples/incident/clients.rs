@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tower_memcached::{Client, FailureMode, Result};
+use tower_memcached::{Client, FailureMode, Protocol, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Contender {
@@ -30,10 +30,10 @@ impl Contender {
         }
     }
 
-    pub(crate) fn client(self, nodes: &[String]) -> Result<Client> {
+    pub(crate) fn client(self, nodes: &[String], protocol: Protocol) -> Result<Client> {
         let builder = Client::builder().nodes(nodes);
         match self {
-            Self::Resilient(mode) => builder.failure_mode(mode),
+            Self::Resilient(mode) => builder.failure_mode(mode).protocol(protocol),
             Self::Naive => {
                 // The time-out is spymemcached's default. The rest takes away what would notice
                 // that a node does not answer. What remains is that its breaker opens when a connect

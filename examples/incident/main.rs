@@ -123,7 +123,7 @@ async fn drive(
     cluster: Cluster,
     stopped: &watch::Receiver<bool>,
 ) -> Result<(Run, Cluster), Box<dyn Error>> {
-    let client = contender.client(&cluster.addresses())?;
+    let client = contender.client(&cluster.addresses(), options.protocol)?;
     let filled = load::fill(&client).await;
     filled.map_err(|error| format!("the cache could not be filled: {error}"))?;
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tower_memcached::FailureMode;
+use tower_memcached::{FailureMode, Protocol};
 
 use crate::clients::Contender;
 use crate::faults::{Fault, Outage};
@@ -19,6 +19,7 @@ All clients see the same requests and the same fault, one after the other, on th
   --mode redistribute|cancel|retry|all
                                   the failure mode of this crate's client; all is one client for
                                   each [redistribute]
+  --protocol auto|meta|classic    how this crate's client asks its nodes [auto]
   --rate N                        requests per second, open loop [500]
   --healthy N                     seconds before the fault [3]
   --fault-seconds N               seconds of the fault [12]
@@ -48,6 +49,7 @@ const MAX_SECONDS: u32 = 3_600;
 #[derive(Debug)]
 pub(crate) struct Options {
     pub(crate) contenders: Vec<Contender>,
+    pub(crate) protocol: Protocol,
     pub(crate) servers: Servers,
     pub(crate) rate: u32,
     pub(crate) timeline: Timeline,
@@ -79,6 +81,7 @@ pub(crate) enum Parsed {
 struct Said {
     client: Option<String>,
     mode: Option<String>,
+    protocol: Option<String>,
     rate: Option<u32>,
     healthy: Option<u32>,
     fault_seconds: Option<u32>,
@@ -116,6 +119,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Result<Parsed, S
         match option {
             "--client" => said.client = Some(value()?),
             "--mode" => said.mode = Some(value()?),
+            "--protocol" => said.protocol = Some(value()?),
             "--rate" => said.rate = Some(number(option, &value()?, MAX_RATE)?),
             "--healthy" => said.healthy = Some(number(option, &value()?, MAX_SECONDS)?),
             "--fault-seconds" => said.fault_seconds = Some(number(option, &value()?, MAX_SECONDS)?),
@@ -169,8 +173,16 @@ impl Said {
         Ok(naive.into_iter().chain(resilient).collect())
     }
 
+    fn protocol(&self) -> Result<Protocol, String> {
+        let named = self.protocol.as_deref().unwrap_or("auto");
+        let all = [Protocol::Auto, Protocol::Meta, Protocol::Classic];
+        let known = all.into_iter().find(|protocol| protocol.name() == named);
+        known.ok_or_else(|| format!("--protocol is auto, meta or classic, not {named:?}"))
+    }
+
     fn check(self) -> Result<Options, String> {
         let contenders = self.contenders()?;
+        let protocol = self.protocol()?;
         let makes_fault = [
             ("--memcached", self.memcached),
             ("--fault", self.fault.is_some()),
@@ -213,6 +225,7 @@ impl Said {
         };
         Ok(Options {
             contenders,
+            protocol,
             servers,
             rate: self.rate.unwrap_or(500),
             timeline,
