@@ -57,7 +57,7 @@ use crate::key::Key;
 use crate::kill_switch::noted;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::Response;
-use crate::transport::{Parts, PipelinedSettings, Transport};
+use crate::transport::{Parts, PipelinedSettings, Protocol, Transport};
 
 /// What [`gate`] synchronises with.
 mod sync {
@@ -83,6 +83,10 @@ pub struct NodeStatus {
     pub in_flight: usize,
     /// Connections to it that are up.
     pub connections: usize,
+    /// Which protocol it is asked in: [`Meta`](Protocol::Meta) or [`Classic`](Protocol::Classic).
+    /// `None` while it is to be found out ([`Protocol::Auto`]) and the server has not answered yet,
+    /// and for a [`Node`] over a service that is not a [`Transport`].
+    pub protocol: Option<Protocol>,
     /// Keys of which it may hold something older than what this client has written since. They are
     /// deleted there as soon as it answers, and what it has for them is not used until then.
     pub journal: usize,

@@ -359,6 +359,7 @@ impl Shared {
             last_cause,
             in_flight: self.in_flight(),
             connections: transport.map_or(0, Transport::connections_up),
+            protocol: transport.and_then(Transport::protocol),
             journal: self.journal.len(),
             ring: self.ring.get().map_or(0, |ring| ring.get()),
         }

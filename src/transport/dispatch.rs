@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -12,7 +12,6 @@ use tower::Service;
 
 #[cfg(feature = "classic")]
 use super::classic::{Classic, ClassicFuture};
-#[cfg(feature = "classic")]
 use super::protocol::{Dialect, Protocol};
 use super::site::{Parts, Site};
 use super::{Pipelined, PipelinedFuture, PipelinedSettings};
@@ -139,24 +138,22 @@ impl Transport {
         self.0.classic.close();
     }
 
-    /// Whether it is asked in the classic protocol, as far as is known.
-    #[cfg(feature = "classic")]
-    fn is_classic(&self) -> bool {
+    /// Which protocol it is asked in; `None` until that is known.
+    pub(crate) fn protocol(&self) -> Option<Protocol> {
         let site = self.site();
         match site.protocol {
-            Protocol::Meta => false,
-            Protocol::Classic => true,
-            Protocol::Auto => matches!(site.spoken.get(), Some(Dialect::Classic { .. })),
+            Protocol::Auto => site.spoken.get().map(|dialect| match dialect {
+                Dialect::Meta => Protocol::Meta,
+                Dialect::Classic { .. } => Protocol::Classic,
+            }),
+            said => Some(said),
         }
     }
 
-    /// Whether the server may turn out to speak another protocol than is thought: then the request
-    /// has to be kept. Of one that has spoken the meta protocol it is not, for that would cost each
-    /// request a copy; what is caught in the change ends unsent.
+    /// Whether it is asked in the classic protocol, as far as is known.
     #[cfg(feature = "classic")]
-    fn may_differ(&self) -> bool {
-        let site = self.site();
-        site.protocol == Protocol::Auto && site.spoken.get() != Some(Dialect::Meta)
+    fn is_classic(&self) -> bool {
+        self.protocol() == Some(Protocol::Classic)
     }
 
     #[cfg(feature = "classic")]
@@ -189,14 +186,13 @@ impl Service<Request> for Transport {
     fn call(&mut self, request: Request) -> TransportFuture {
         #[cfg(feature = "classic")]
         return TransportFuture {
-            again: self
-                .may_differ()
-                .then(|| Box::new((self.clone(), request.clone()))),
-            asking: self.send(request),
+            // Whoever is there next may speak another protocol than is thought.
+            again: (self.site().protocol == Protocol::Auto).then(|| self.clone()),
+            asking: Some(self.send(request)),
         };
         #[cfg(not(feature = "classic"))]
         TransportFuture {
-            asking: Asking::Pipelined(self.0.pipelined.request(request)),
+            asking: Some(Asking::Pipelined(self.0.pipelined.request(request))),
         }
     }
 }
@@ -205,10 +201,11 @@ impl Service<Request> for Transport {
 #[derive(Debug)]
 #[must_use = "futures do nothing unless polled"]
 pub struct TransportFuture {
-    asking: Asking,
+    /// Gone once it is answered.
+    asking: Option<Asking>,
     /// To ask once more, in the other protocol.
     #[cfg(feature = "classic")]
-    again: Option<Box<(Transport, Request)>>,
+    again: Option<Transport>,
 }
 
 #[derive(Debug)]
@@ -226,6 +223,14 @@ impl Asking {
             Self::Classic(future) => Pin::new(future).poll(cx),
         }
     }
+
+    #[cfg(feature = "classic")]
+    fn into_request(self) -> Request {
+        match self {
+            Self::Pipelined(future) => future.into_request(),
+            Self::Classic(future) => future.into_request(),
+        }
+    }
 }
 
 impl Future for TransportFuture {
@@ -233,22 +238,34 @@ impl Future for TransportFuture {
 
     #[cfg(feature = "classic")]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let outcome = std::task::ready!(self.asking.poll(cx));
+        let this = &mut *self;
+        let outcome = ready!(
+            this.asking
+                .as_mut()
+                .map_or_else(ended, |asking| asking.poll(cx))
+        );
         let unsent = matches!(&outcome, Err(error)
             if error.kind() == ErrorKind::ConnectionFailed && error.sent() == Sent::No);
-        if let Some(again) = self.again.take().filter(|_| unsent) {
-            let (transport, request) = *again;
-            let was_classic = matches!(self.asking, Asking::Classic(_));
-            if transport.is_classic() != was_classic {
-                self.asking = transport.send(request);
-                return self.asking.poll(cx);
-            }
+        let (again, asked) = (this.again.take(), this.asking.take());
+        if unsent
+            && let (Some(transport), Some(asked)) = (again, asked)
+            && transport.is_classic() != matches!(asked, Asking::Classic(_))
+        {
+            let asking = this.asking.insert(transport.send(asked.into_request()));
+            return asking.poll(cx);
         }
         Poll::Ready(outcome)
     }
 
     #[cfg(not(feature = "classic"))]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        self.asking.poll(cx)
+        let asking = self.asking.as_mut();
+        let outcome = ready!(asking.map_or_else(ended, |asking| asking.poll(cx)));
+        self.asking = None;
+        Poll::Ready(outcome)
     }
+}
+
+fn ended() -> Poll<Result<Response>> {
+    panic!("polled after completion")
 }

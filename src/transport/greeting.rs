@@ -77,7 +77,8 @@ impl Greeting<'_> {
                 });
             }
         }
-        // It may close the connection on `mn` because it is a proxy, or because it is being restarted
+        let mut mute = self.is_known_proxy;
+        // It may close the connection on a question because it is a proxy, or because it is being restarted
         // just then: only who does so twice is a proxy.
         let mut closed = match self.is_known_proxy {
             true => 2,
@@ -99,7 +100,11 @@ impl Greeting<'_> {
                 }
                 // A proxy that does not know the command, or whose server is gone.
                 Said::Reply(Reply::Failure(..)) if classic => return Ok(proxy(stream, None)),
-                Said::Ended(_) if classic => return self.meet_without_version().await,
+                Said::Ended(_) if classic && mute => return self.meet_without_version().await,
+                Said::Ended(_) if classic => {
+                    mute = true;
+                    continue;
+                }
                 said => return Err(said.instead_of("version")),
             };
             let known = ServerVersion::parse(&version);

@@ -4,6 +4,8 @@
 
 mod authentication;
 mod claims;
+#[cfg(feature = "classic")]
+mod classic;
 mod config;
 mod connectors;
 mod deadlines;
@@ -20,6 +22,8 @@ mod layers;
 mod lifecycle;
 mod nodes;
 mod operations;
+#[cfg(feature = "classic")]
+mod protocols;
 mod read_through;
 mod real_memcached;
 mod reconfigure;

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tower_memcached::testing::Server;
-use tower_memcached::{BreakerSettings, FailureMode, NodeSpec, Outcome, ProbeSettings, Ttl};
+use tower_memcached::{
+    BreakerSettings, FailureMode, NodeSpec, Outcome, ProbeSettings, Protocol, Ttl,
+};
 
 use crate::support::{patient, servers};
 
@@ -48,8 +50,20 @@ async fn stormy(
     changing: bool,
     seed: u64,
 ) {
+    let of_this = (mode, connections, drops, nodes, changing);
+    stormy_in(Protocol::Auto, of_this, seed).await;
+}
+
+/// The same in a protocol.
+async fn stormy_in(
+    protocol: Protocol,
+    (mode, connections, drops, nodes, changing): (FailureMode, usize, bool, usize, bool),
+    seed: u64,
+) {
     let servers = servers(nodes).await;
     let client = patient(&servers)
+        .protocol(protocol)
+        .pool_size(4)
         .failure_mode(mode)
         .connections(connections)
         .max_ejection_percent(100)
@@ -271,4 +285,25 @@ async fn a_storm_with_cancel() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storm_with_retry() {
     storm(FailureMode::Retry, 1, false, 2, seed()).await;
+}
+
+#[cfg(feature = "classic")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_in_the_classic_protocol() {
+    let of_this = (FailureMode::Redistribute, 1, true, 3, false);
+    stormy_in(Protocol::Classic, of_this, seed()).await;
+}
+
+#[cfg(feature = "classic")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_in_the_classic_protocol_with_retry() {
+    let of_this = (FailureMode::Retry, 1, true, 2, false);
+    stormy_in(Protocol::Classic, of_this, seed()).await;
+}
+
+#[cfg(feature = "classic")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_in_the_classic_protocol_while_nodes_come_and_go() {
+    let of_this = (FailureMode::Redistribute, 1, true, 4, true);
+    stormy_in(Protocol::Classic, of_this, seed()).await;
 }

@@ -67,7 +67,10 @@ impl Classic {
     }
 
     pub(super) fn request(&self, request: Request) -> ClassicFuture {
-        ClassicFuture(Step::Start(self.0.clone(), request))
+        ClassicFuture {
+            step: Step::Start(self.0.clone()),
+            request,
+        }
     }
 
     /// Ends what waits or is in flight, and the connections with it: the node is out.
@@ -135,10 +138,20 @@ impl Drop for Place {
 /// The future of one request over classic connections.
 #[derive(Debug)]
 #[must_use = "futures do nothing unless polled"]
-pub(super) struct ClassicFuture(Step);
+pub(super) struct ClassicFuture {
+    step: Step,
+    /// Kept to the end, should it have to be asked in another way.
+    request: Request,
+}
+
+impl ClassicFuture {
+    pub(super) fn into_request(self) -> Request {
+        self.request
+    }
+}
 
 enum Step {
-    Start(Arc<Handle>, Request),
+    Start(Arc<Handle>),
     Waiting(Waiting),
     Done,
 }
@@ -172,20 +185,20 @@ impl Future for ClassicFuture {
     type Output = Result<Response>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        if let Step::Start(..) = &self.0
-            && let Step::Start(handle, request) = std::mem::replace(&mut self.0, Step::Done)
+        if let Step::Start(..) = &self.step
+            && let Step::Start(handle) = std::mem::replace(&mut self.step, Step::Done)
         {
-            match start(handle, &request)? {
-                Started::Waiting(waiting) => self.0 = Step::Waiting(waiting),
+            match start(handle, &self.request)? {
+                Started::Waiting(waiting) => self.step = Step::Waiting(waiting),
                 Started::Answered(response) => return Poll::Ready(Ok(response)),
             }
         }
-        let Step::Waiting(waiting) = &mut self.0 else {
+        let Step::Waiting(waiting) = &mut self.step else {
             panic!("polled after completion");
         };
         let polled = waiting.poll(cx);
         if polled.is_ready() {
-            self.0 = Step::Done;
+            self.step = Step::Done;
         }
         polled
     }

@@ -1,12 +1,13 @@
 //! The connections of one node: bb8's pool of them, and what is known of the server by how they end.
 
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use futures::future::{Either, select};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::wire::Wire;
 use crate::error::{Error, Result, Sent};
@@ -28,6 +29,10 @@ pub(super) struct Shared {
     /// Requests that wait for a connection, or are in flight, and the values they carry, in bytes.
     pub(super) pending: AtomicUsize,
     pub(super) bytes: AtomicUsize,
+    /// One for each connection there may be, to be had before one of them, of whatever generation: a
+    /// pool lets whoever comes just then have what is handed back, before those that wait, who may
+    /// wait without end; and knows nothing of connections that are still in use when it has ended.
+    pub(super) turns: Arc<Semaphore>,
     /// Ends what is in flight.
     pub(super) drained: watch::Sender<Option<Error>>,
     state: Mutex<State>,
@@ -36,6 +41,8 @@ pub(super) struct Shared {
 struct State {
     closed: bool,
     generation: Option<Arc<Generation>>,
+    /// Somebody closes connections that nobody uses.
+    is_tidied: bool,
     /// Connecting failed, and is not tried again before then.
     broken: Option<(Instant, Error)>,
     /// Connects that failed in a row.
@@ -48,9 +55,6 @@ struct State {
 /// those that wait in the pool are not used any more.
 pub(super) struct Generation {
     pub(super) pool: bb8::Pool<Manager>,
-    /// One for each connection there may be, to be had before one of them: the pool itself lets whoever
-    /// comes just then have what is handed back, before those that wait, who may wait without end.
-    pub(super) turns: Arc<Semaphore>,
     /// Nobody gets one of them any more.
     pub(super) ended: watch::Sender<Option<Ended>>,
 }
@@ -67,6 +71,8 @@ pub(super) struct Connection {
     pub(super) proxy: bool,
     /// Something was answered over it, in time or not.
     pub(super) answered: bool,
+    /// When it was handed back.
+    pub(super) used_at: Instant,
     established: Instant,
 }
 
@@ -81,14 +87,19 @@ pub(super) struct Lent {
     pub(super) generation: Arc<Generation>,
 }
 
-pub(super) struct Manager(Arc<Shared>);
+pub(super) struct Manager {
+    shared: Arc<Shared>,
+    generation: Weak<Generation>,
+}
 
 impl bb8::ManageConnection for Manager {
     type Connection = Connection;
     type Error = Error;
 
     async fn connect(&self) -> Result<Connection> {
-        self.0.connect().await
+        let ended = || self.shared.site.shut_down();
+        let generation = self.generation.upgrade().ok_or_else(ended)?;
+        self.shared.connect(&generation).await
     }
 
     /// Not asked: the wire looks before it writes.
@@ -108,10 +119,12 @@ impl Shared {
             size,
             pending: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
+            turns: Arc::new(Semaphore::new(size as usize)),
             drained: watch::Sender::new(None),
             state: Mutex::new(State {
                 closed: false,
                 generation: None,
+                is_tidied: false,
                 broken: None,
                 failures: 0,
                 suspicion: None,
@@ -130,8 +143,9 @@ impl Shared {
             return Some(self.site.shut_down());
         }
         let (_, error) = self.broken(&state)?;
-        // Others may have a connection to spare.
-        (self.site.up() == 0).then(|| error.clone().with_sent(Sent::No))
+        // There may be a connection to be had all the same.
+        let none_up = state.generation.as_ref().is_none_or(|now| now.is_empty());
+        none_up.then(|| error.clone().with_sent(Sent::No))
     }
 
     fn broken<'a>(&self, state: &'a State) -> Option<&'a (Instant, Error)> {
@@ -146,34 +160,47 @@ impl Shared {
         if state.closed {
             return Err(self.site.shut_down());
         }
-        let make = || {
+        if !std::mem::replace(&mut state.is_tidied, true) {
+            let closing = self.site.closing.subscribe();
+            drop(tokio::spawn(tidy(Arc::downgrade(self), closing)));
+        }
+        let make = |generation: &Weak<Generation>| {
+            // Those of ended generations would be around for a while with what closes idle connections
+            // for them, so that is not theirs to do.
             let pool = bb8::Pool::builder()
                 .max_size(self.size)
                 .test_on_check_out(false)
                 .retry_connection(false)
                 .connection_timeout(LONGEST_WAIT)
                 .max_lifetime(None)
-                .idle_timeout(IDLE)
+                .idle_timeout(None)
                 // Errors are not lost on the way: `connect` tells them itself.
-                .build_unchecked(Manager(self.clone()));
-            Arc::new(Generation {
+                .build_unchecked(Manager {
+                    shared: self.clone(),
+                    generation: generation.clone(),
+                });
+            Generation {
                 pool,
-                turns: Arc::new(Semaphore::new(self.size as usize)),
                 ended: watch::Sender::new(None),
-            })
+            }
         };
-        Ok(state.generation.get_or_insert_with(make).clone())
+        let generation = state
+            .generation
+            .get_or_insert_with(|| Arc::new_cyclic(make));
+        Ok(generation.clone())
     }
 
-    async fn connect(self: &Arc<Self>) -> Result<Connection> {
-        if let Some(error) = self.refuses() {
-            self.refuse(&error);
+    async fn connect(self: &Arc<Self>, generation: &Arc<Generation>) -> Result<Connection> {
+        // Where others failed just now it is not tried at once, even if there is another connection.
+        let broken = self.broken(&self.lock()).map(|(_, error)| error.clone());
+        if let Some(error) = broken {
+            self.none_comes(generation, &error);
             return Err(error);
         }
         let began = Instant::now();
-        let mut closing = self.site.closing.subscribe();
-        let closed = std::pin::pin!(closing.wait_for(|&closing| closing));
-        let connected = match select(std::pin::pin!(self.site.connect(false)), closed).await {
+        let mut ended = generation.ended.subscribe();
+        let ended = std::pin::pin!(ended.wait_for(Option::is_some));
+        let connected = match select(std::pin::pin!(self.site.connect(false)), ended).await {
             Either::Left((connected, _)) => connected,
             Either::Right(_) => return Err(self.site.shut_down()),
         };
@@ -186,17 +213,24 @@ impl Shared {
                 up: self.site.connection_up(),
                 proxy: connected.dialect == Dialect::Classic { proxy: true },
                 answered: false,
+                used_at: Instant::now(),
                 established: Instant::now(),
             }),
             Err((failure, error)) => {
                 let error = error.at_node(&self.site.name);
-                self.connect_failed(failure, &error, began);
+                self.connect_failed(generation, failure, &error, began);
                 Err(error)
             }
         }
     }
 
-    fn connect_failed(&self, failure: ConnectFailure, error: &Error, began: Instant) {
+    fn connect_failed(
+        &self,
+        generation: &Arc<Generation>,
+        failure: ConnectFailure,
+        error: &Error,
+        began: Instant,
+    ) {
         if failure == ConnectFailure::OtherProtocol {
             // Whoever waits is told to ask in that.
             self.refuse(error);
@@ -213,9 +247,14 @@ impl Shared {
             most_dead: failure.is_the_nodes() && suspicion.is_some_and(|since| began >= since),
         });
         self.back_off(error);
-        // Where another connection is in use it is going to be handed back.
-        if self.site.up() == 0 {
-            self.refuse(error);
+        self.none_comes(generation, error);
+    }
+
+    /// Ends what waits for a connection of that generation, unless there is one: that is going to be
+    /// handed back.
+    fn none_comes(&self, generation: &Arc<Generation>, error: &Error) {
+        if generation.is_empty() {
+            self.end_if_current(generation, Some(error));
         }
     }
 
@@ -256,12 +295,35 @@ impl Shared {
     /// A connection of that generation has ended: those that wait in its pool are not used any more, and
     /// who waits for one gets one of the next generation.
     fn distrust(&self, generation: &Arc<Generation>) {
+        self.end_if_current(generation, None);
+    }
+
+    fn end_if_current(&self, generation: &Arc<Generation>, error: Option<&Error>) {
         let mut state = self.lock();
         let current = state
             .generation
             .take_if(|current| Arc::ptr_eq(current, generation));
         drop(state);
-        end(current, None);
+        end(current, error);
+    }
+
+    /// Closes connections that nobody has used for long.
+    fn tidy(&self) {
+        let Some(generation) = self.lock().generation.clone() else {
+            return;
+        };
+        let pool = &generation.pool;
+        for _ in 0..pool.state().idle_connections {
+            // Those that have waited longest come first.
+            let Ok(_turn) = self.turns.try_acquire() else {
+                return;
+            };
+            if let Some(Ok(mut idle)) = pool.get_owned().now_or_never()
+                && idle.used_at.elapsed() >= IDLE
+            {
+                idle.wire = None;
+            }
+        }
     }
 
     pub(super) fn end_backoff(&self) {
@@ -310,6 +372,28 @@ impl Shared {
             // One that was made in place of another that did not answer.
             most_dead: suspicion.is_some_and(|since| lent.connection.established > since),
         });
+    }
+}
+
+impl Generation {
+    /// There is no connection of it, in the pool or in use.
+    fn is_empty(&self) -> bool {
+        self.pool.state().connections == 0
+    }
+}
+
+/// Closes connections that nobody uses, until there cannot be any more.
+async fn tidy(shared: Weak<Shared>, mut closing: watch::Receiver<bool>) {
+    loop {
+        let closed = std::pin::pin!(closing.wait_for(|&closing| closing));
+        let waited = std::pin::pin!(sleep(IDLE / 2));
+        if let Either::Right(_) = select(waited, closed).await {
+            return;
+        }
+        match shared.upgrade() {
+            Some(shared) => shared.tidy(),
+            None => return,
+        }
     }
 }
 

@@ -91,7 +91,8 @@ impl Job {
                 // Its caller has left.
                 None => return,
             };
-            if let Some(outcome) = self.answer_unsent(&lent) {
+            let drained = self.has_been_drained().map(Err);
+            if let Some(outcome) = drained.or_else(|| self.answer_unsent(&lent)) {
                 drop(lent);
                 return self.tell(outcome);
             }
@@ -139,38 +140,50 @@ impl Job {
         borrowed
     }
 
+    /// Why it is not to be sent any more.
+    fn has_been_drained(&self) -> Option<Error> {
+        let drained = self.drained.has_changed().unwrap_or(true);
+        let error = drained.then(|| self.drained.borrow().clone())?;
+        let error = error.unwrap_or_else(|| self.shared.site.shut_down());
+        Some(error.with_sent(Sent::No))
+    }
+
     async fn wait_for_connection(&self) -> Result<Lent> {
         let mut released = pin!(sleep_until(self.released_at()));
-        if self.drained.has_changed().unwrap_or(true)
-            && let Some(error) = &*self.drained.borrow()
-        {
-            return Err(error.clone().with_sent(Sent::No));
-        }
+        let mut turn = None;
+        let mut its_turn = pin!(self.shared.turns.clone().acquire_owned());
         loop {
-            if let Some(error) = self.shared.refuses() {
+            let refused = self.has_been_drained();
+            if let Some(error) = refused.or_else(|| self.shared.refuses()) {
                 return Err(error);
             }
             let generation = self.shared.generation()?;
             let mut ended = generation.ended.subscribe();
             let mut has_ended = pin!(ended.wait_for(Option::is_some));
-            let mut getting = pin!(async {
-                let turn = generation.turns.clone().acquire_owned().await.ok()?;
-                let connection = generation.pool.get_owned().await.ok()?;
-                Some((connection, turn))
-            });
+            let mut getting = pin!(generation.pool.get_owned());
             let got = poll_fn(|cx| {
                 if let Poll::Ready(ended) = has_ended.as_mut().poll(cx) {
                     let error = ended.ok().and_then(|ended| ended.clone()).flatten();
                     return Poll::Ready(error.map_or(Ok(None), Err));
                 }
-                if let Poll::Ready(got) = getting.as_mut().poll(cx) {
+                if turn.is_none()
+                    && let Poll::Ready(acquired) = its_turn.as_mut().poll(cx)
+                {
+                    turn = acquired.ok();
+                }
+                if turn.is_some()
+                    && let Poll::Ready(got) = getting.as_mut().poll(cx)
+                {
                     // Nothing only after the longest time that one may wait.
-                    return Poll::Ready(got.map(Some).ok_or_else(|| timeout(Sent::No)));
+                    return Poll::Ready(got.map(Some).map_err(|_| timeout(Sent::No)));
                 }
                 released.as_mut().poll(cx).map(|()| Err(timeout(Sent::No)))
             })
             .await;
-            if let Some((connection, turn)) = got.map_err(|error| error.with_sent(Sent::No))? {
+            let got = got.map_err(|error| error.with_sent(Sent::No))?;
+            if let Some(connection) = got
+                && let Some(turn) = turn.take()
+            {
                 return Ok(Lent {
                     connection,
                     turn,
@@ -269,6 +282,7 @@ impl Job {
                         }
                         if !wire.is_dirty() {
                             lent.connection.wire = Some(wire);
+                            lent.connection.used_at = Instant::now();
                         }
                     }
                     sent => {

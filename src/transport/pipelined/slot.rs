@@ -402,11 +402,15 @@ impl fmt::Debug for Pool {
 /// The future of one request to a [`Pipelined`](super::Pipelined) node.
 #[derive(Debug)]
 #[must_use = "futures do nothing unless polled"]
-pub struct PipelinedFuture(Step);
+pub struct PipelinedFuture {
+    step: Step,
+    /// Kept to the end, should it have to be asked in another way.
+    request: Request,
+}
 
 #[derive(Debug)]
 enum Step {
-    Start(Arc<Pool>, Request),
+    Start(Arc<Pool>),
     Waiting(Waiting),
     Done,
 }
@@ -423,7 +427,15 @@ struct Waiting {
 
 impl PipelinedFuture {
     pub(super) fn new(pool: Arc<Pool>, request: Request) -> Self {
-        Self(Step::Start(pool, request))
+        Self {
+            step: Step::Start(pool),
+            request,
+        }
+    }
+
+    #[cfg(feature = "classic")]
+    pub(in crate::transport) fn into_request(self) -> Request {
+        self.request
     }
 }
 
@@ -431,11 +443,11 @@ impl Future for PipelinedFuture {
     type Output = Result<Response>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let polled = match &mut self.0 {
-            Step::Start(..) => match std::mem::replace(&mut self.0, Step::Done) {
-                Step::Start(pool, request) => match start(pool, &request, cx) {
+        let polled = match &mut self.step {
+            Step::Start(..) => match std::mem::replace(&mut self.step, Step::Done) {
+                Step::Start(pool) => match start(pool, &self.request, cx) {
                     Ok(Started::Waiting(waiting)) => {
-                        self.0 = Step::Waiting(waiting);
+                        self.step = Step::Waiting(waiting);
                         return Poll::Pending;
                     }
                     Ok(Started::Answered(response)) => Poll::Ready(Ok(response)),
@@ -447,7 +459,7 @@ impl Future for PipelinedFuture {
             Step::Done => panic!("polled after completion"),
         };
         if polled.is_ready() {
-            self.0 = Step::Done;
+            self.step = Step::Done;
         }
         polled
     }
