@@ -120,6 +120,8 @@ pub(super) fn decompress(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> 
     let possible = frame.len().saturating_mul(MOST_EXPANSION);
     output.reserve_exact(head.size.unwrap_or_default().min(possible));
     let most = head.size.unwrap_or(most);
+    // Behind that there may be zeros, made once for all blocks.
+    let mut written = 0;
     loop {
         let word = input.word()?;
         if word == 0 {
@@ -133,30 +135,33 @@ pub(super) fn decompress(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> 
         if head.block_checksums && input.word()? != checksum(block) {
             return Err(Failure::Corrupt("a block of it has another checksum"));
         }
-        let (written, left) = (output.len(), most - output.len());
+        let left = most - written;
         if is_raw {
             if length > left {
                 return Err(head.overrun());
             }
-            output.extend_from_slice(block);
+            make_room(&mut output, written + length, most);
+            output[written..written + length].copy_from_slice(block);
+            written += length;
             continue;
         }
         let possible = length.saturating_mul(MOST_EXPANSION);
         let room = possible.min(head.most_in_block).min(left);
-        make_room(&mut output, room, most);
-        let (before, target) = output.split_at_mut(written);
+        make_room(&mut output, written + room, most);
+        let (before, target) = output[..written + room].split_at_mut(written);
         let window = match head.linked {
             true => &before[written.saturating_sub(WINDOW)..],
             false => &[],
         };
         match decompress_into_with_dict(block, target, window) {
-            Ok(length) => output.truncate(written + length),
+            Ok(length) => written += length,
             Err(DecompressError::OutputTooSmall { .. }) if room == left => {
                 return Err(head.overrun());
             }
             Err(_) => return Err(Failure::Corrupt("a block of it cannot be read")),
         }
     }
+    output.truncate(written);
     if head.checksum && input.word()? != checksum(&output) {
         return Err(Failure::Corrupt("it has another checksum"));
     }

@@ -12,6 +12,7 @@ mod settings;
 #[cfg(feature = "zstd")]
 mod zstd;
 
+use std::mem;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
@@ -21,7 +22,7 @@ pub use settings::{Algorithm, CompressionSettings};
 
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::request::{Operation, Request, StoreMode};
-use crate::response::{Found, Response};
+use crate::response::{Found, Lookup, Response};
 use crate::value::{Payload, Value};
 
 /// The compression of a client or a group, if it has one; for all clones, while they run.
@@ -81,15 +82,16 @@ mod zstd {
     }
 }
 
-/// So many zeros more, growing as a vector does but to no more than `most`.
+/// Zeros up to that length, growing as a vector does but to no more than `most`.
 #[cfg(any(feature = "lz4", feature = "zstd"))]
-fn make_room(output: &mut Vec<u8>, room: usize, most: usize) {
-    let needed = output.len() + room;
+fn make_room(output: &mut Vec<u8>, needed: usize, most: usize) {
     if needed > output.capacity() {
         let grown = needed.max(output.capacity().saturating_mul(2)).min(most);
         output.reserve_exact(grown - output.len());
     }
-    output.resize(needed, 0);
+    if needed > output.len() {
+        output.resize(needed, 0);
+    }
 }
 
 impl CompressionSettings {
@@ -148,16 +150,23 @@ impl CompressionSettings {
                 Response::Values(outcomes)
             }
             Response::Found(mut lookup) => {
-                if let Found::Value { value, left } = lookup.found {
-                    lookup.found = match self.decompress(value) {
-                        Ok(value) => Found::Value { value, left },
-                        Err(_) => Found::Unreadable,
-                    };
-                }
+                self.read_found(&mut lookup);
                 Response::Found(lookup)
             }
             other => other,
         })
+    }
+
+    /// The same of what was looked up: what cannot be decompressed is there, and of no use.
+    pub(crate) fn read_found(&self, lookup: &mut Lookup) {
+        if !matches!(&lookup.found, Found::Value { value, .. } if self.concerns(value)) {
+            return;
+        }
+        if let Found::Value { value, left } = mem::replace(&mut lookup.found, Found::Unreadable)
+            && let Ok(value) = self.decompress(value)
+        {
+            lookup.found = Found::Value { value, left };
+        }
     }
 
     fn concerns(&self, value: &Value) -> bool {

@@ -278,3 +278,44 @@ proptest! {
         }
     }
 }
+
+/// A frame that does not say how large it is, of blocks of one byte, repeated.
+fn repeated(blocks: impl IntoIterator<Item = u32>) -> Vec<u8> {
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 0x68];
+    let mut blocks = blocks.into_iter().peekable();
+    while let Some(times) = blocks.next() {
+        let is_last = u32::from(blocks.peek().is_none());
+        frame.extend_from_slice(&(is_last | 1 << 1 | times << 3).to_le_bytes()[..3]);
+        frame.push(b'a');
+    }
+    frame
+}
+
+/// What is made of it costs time as well: it is not made again for each of many small frames.
+#[test]
+fn many_frames_behind_a_large_one_take_little_longer_than_by_themselves() {
+    let settings = settings(Algorithm::Zstd);
+    let small = repeated([1]).repeat(10_000);
+    let large = repeated([128 << 10; 32]);
+    let timed = |frames: &[u8], length: usize| {
+        let begun = std::time::Instant::now();
+        let data = settings.expand(frames, settings.zstd_flag).unwrap();
+        assert!(data.len() == length && data.iter().all(|&byte| byte == b'a'));
+        begun.elapsed()
+    };
+    let alone = timed(&small, 10_000);
+    let behind = timed(&[&large[..], &small].concat(), 10_000 + (4 << 20));
+    assert!(
+        behind < 20 * alone + std::time::Duration::from_millis(500),
+        "{alone:?}, {behind:?}"
+    );
+    // Nothing is lost where a frame is empty.
+    let empty = repeated([0]);
+    let data = settings.expand(
+        &[&empty[..], &small, &empty, &small].concat(),
+        settings.zstd_flag,
+    );
+    assert_eq!(data.unwrap().len(), 20_000);
+    let none = settings.expand(&empty, settings.zstd_flag);
+    assert_eq!(none.unwrap(), b"");
+}

@@ -41,21 +41,26 @@ fn stream(frame: &[u8], most: usize) -> Result<Vec<u8>, Failure> {
     let mut decoder = Decoder::with_buffer(frame).map_err(|_| UNREADABLE)?;
     decoder.window_log_max(window).map_err(|_| UNREADABLE)?;
     let mut data = Vec::new();
+    let mut written = 0;
     loop {
-        let written = data.len();
-        let room = written.max(AT_LEAST).min(most - written);
-        if room == 0 {
-            // There may be no more.
-            return match decoder.read(&mut [0]) {
-                Ok(0) => Ok(data),
-                Ok(_) => Err(Failure::TooLarge),
-                Err(_) => Err(UNREADABLE),
-            };
+        // Each byte is made once, however little is read at a time: a frame may be followed by a hundred
+        // thousand others, of a byte each.
+        if written == data.len() {
+            let room = written.max(AT_LEAST).min(most - written);
+            if room == 0 {
+                // There may be no more.
+                return match decoder.read(&mut [0]) {
+                    Ok(0) => Ok(data),
+                    Ok(_) => Err(Failure::TooLarge),
+                    Err(_) => Err(UNREADABLE),
+                };
+            }
+            make_room(&mut data, written + room, most);
         }
-        make_room(&mut data, room, most);
         let read = decoder.read(&mut data[written..]).map_err(|_| UNREADABLE)?;
-        data.truncate(written + read);
+        written += read;
         if read == 0 {
+            data.truncate(written);
             return Ok(data);
         }
     }
