@@ -490,12 +490,13 @@ where
     async fn driven(&self, mut request: Request) -> Result<Response> {
         let (shared, service) = (&*self.shared, self.service.clone());
         let timeout = shared.timeout.get();
-        let compression = shared.reads.compression().get();
-        if let Some(compression) = &compression {
+        let compression = shared.reads.compression();
+        if let Some(compression) = compression.get() {
             compression.write(&mut request)?;
         }
         let response = Call::new(service, request, timeout, shared.spawner.as_ref()).await?;
-        match compression {
+        // As it is now: what others have written meanwhile may be compressed in another way than before.
+        match compression.get() {
             Some(compression) => compression.read(response),
             None => Ok(response),
         }

@@ -156,13 +156,20 @@ fn encode<C: Codec, T: Serialize + ?Sized>(codec: &C, value: &T) -> Result<Paylo
     }
 }
 
-/// What was stored.
-fn decode<C: Codec, T: DeserializeOwned>(codec: &C, value: &Value) -> Result<T> {
+/// What was stored. The bits of `unread` say that it is compressed, in a way that nobody has undone.
+fn decode<C: Codec, T: DeserializeOwned>(codec: &C, value: &Value, unread: u32) -> Result<T> {
     let (format, flags, name) = (codec.format(), value.flags(), codec.name());
     if !format.accepts(flags) {
         let (id, called) = (format.id(), format.called(flags));
         let message = format!(
             "the client flags {flags:#x} say that the format is {called}, and not {name}, {id:#x}"
+        );
+        return Err(Error::new(ErrorKind::Codec, message).with_sent(Sent::Yes));
+    }
+    // A format without a mask takes all for its own.
+    if format.mask != 0 && flags & unread & !format.mask != 0 {
+        let message = format!(
+            "the client flags {flags:#x} say that it is compressed, and the client has no compression"
         );
         return Err(Error::new(ErrorKind::Codec, message).with_sent(Sent::Yes));
     }

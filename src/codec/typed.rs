@@ -11,13 +11,14 @@ use tower::Service;
 
 use super::{Codec, decode, encode};
 use crate::client::{Client, DefaultService, MultiGet, Outcome};
+use crate::compression::CompressionSettings;
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
 use crate::key::{IntoKey, Key};
 use crate::read_through::Cache;
 use crate::request::Request;
 use crate::response::{CasOutcome, Response, misfit};
 use crate::ttl::Ttl;
-use crate::value::{CasToken, Value};
+use crate::value::{CasToken, Payload, Value};
 
 /// A [`Client`], or a group of one, whose values are of one type: from [`Client::typed`].
 ///
@@ -130,7 +131,27 @@ where
     C: Codec,
 {
     fn decode(&self, value: &Value) -> Result<T> {
-        decode(&*self.codec, value)
+        decode(&*self.codec, value, self.unread())
+    }
+
+    /// The client flags of what is compressed, where the client does not undo it.
+    fn unread(&self) -> u32 {
+        match self.client.compression() {
+            Some(_) => 0,
+            None => CompressionSettings::default().mask(),
+        }
+    }
+
+    /// What is to be put back for a loaded value: nothing that could not be read again.
+    fn loaded(&self, value: &T) -> Result<Payload, BoxError> {
+        let payload = encode(&*self.codec, value)?;
+        let again: Result<T, _> = self.codec.decode(payload.data());
+        again.map_err(|source| {
+            let name = self.codec.name();
+            let message = format!("what was loaded cannot be decoded again as {name}");
+            Error::new(ErrorKind::Codec, message).with_source(source)
+        })?;
+        Ok(payload)
     }
 
     fn taken(&self, read: Result<Option<Value>>) -> Result<Option<T>> {
@@ -290,7 +311,7 @@ where
         read.await?.map(|value| self.decode(&value)).transpose()
     }
 
-    async fn load<F, Fut, E>(&self, loader: Option<F>) -> Result<Option<crate::Payload>, BoxError>
+    async fn load<F, Fut, E>(&self, loader: Option<F>) -> Result<Option<Payload>, BoxError>
     where
         F: FnOnce() -> Fut,
         Fut: Future<Output = Result<Option<T>, E>>,
@@ -298,14 +319,14 @@ where
     {
         let loader = loader.ok_or("the loader was asked twice")?;
         match loader().await.map_err(Into::into)? {
-            Some(value) => Ok(Some(encode(&*self.codec, &value)?)),
+            Some(value) => Ok(Some(self.loaded(&value)?)),
             None => Ok(None),
         }
     }
 
     fn accepts(&self) -> impl Fn(&Value) -> bool + Send + Sync + use<T, C, S> {
-        let codec = self.codec.clone();
-        move |value| decode::<C, T>(&codec, value).is_ok()
+        let (codec, unread) = (self.codec.clone(), self.unread());
+        move |value| decode::<C, T>(&*codec, value, unread).is_ok()
     }
 
     /// [`Client::get_many_or_load`], key by key as [`get_or_load`](Self::get_or_load).
@@ -327,7 +348,7 @@ where
             let loading = loader(keys);
             async move {
                 let loaded = loading.await.map_err(Into::into)?;
-                let payload = |(key, value): (Key, T)| Ok((key, encode(&*self.codec, &value)?));
+                let payload = |(key, value): (Key, T)| Ok((key, self.loaded(&value)?));
                 loaded
                     .into_iter()
                     .map(payload)

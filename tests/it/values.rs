@@ -13,8 +13,8 @@ use tower_memcached::testing::Server;
 use tower_memcached::{
     Algorithm, CasOutcome, Client, ClientBuilder, Codec, CompressionLayer, CompressionSettings,
     Config, Error, ErrorKind, Format, GroupSettings, Json, Key, LoadGuard, LoadLimits, Loader,
-    Operation, Outcome, Payload, Postcard, ReadThroughLayer, ReadThroughSettings, Request,
-    Response, Sent, Ttl, Typed, Value,
+    Operation, Outcome, Payload, Postcard, Protocol, ReadThroughLayer, ReadThroughSettings,
+    Request, Response, Sent, Ttl, Typed, Value,
 };
 
 use crate::read_through::{BoxError, TTL, exact, secs};
@@ -576,4 +576,136 @@ async fn compression_is_changed_while_the_client_runs() {
     client.reconfigure(config).unwrap();
     assert_eq!(client.get("k").await.unwrap().unwrap().flags(), ZSTD);
     client.append("k", "more").await.unwrap();
+}
+
+/// Without leases, and without the TTL that is left: the token is all there is to replace it by.
+#[cfg(feature = "classic")]
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_read_is_replaced_in_the_classic_protocol_too() {
+    let server = Server::new();
+    let raw = plain(&server);
+    let classic = |builder: ClientBuilder| builder.protocol(Protocol::Classic).build().unwrap();
+    let client = classic(builder(&server).compression(compressing(Algorithm::Lz4)));
+    let long = "a".repeat(2000);
+    let corrupt = Payload::from("no frame").with_flags(LZ4);
+    raw.set("corrupt", corrupt, TTL).await.unwrap();
+    let load = async || Ok::<_, Error>(Some(long.clone()));
+    let loaded = client.get_or_load("corrupt", TTL, load).await.unwrap();
+    assert_eq!(loaded.unwrap(), *long.as_bytes());
+    until_stored(&raw, "corrupt", LZ4).await;
+    let unasked = async || Err::<Option<String>, _>("asked again");
+    let found = client.get_or_load("corrupt", TTL, unasked).await.unwrap();
+    assert_eq!(found.unwrap(), *long.as_bytes());
+
+    let old = plain(&server).typed::<OldUser, _>(Json::default()).unwrap();
+    let full_name = "ann".to_owned();
+    old.set("k", &OldUser { full_name }, TTL).await.unwrap();
+    let users: Typed<User, Json> = client.typed(Json::default()).unwrap();
+    let users = users.undecodable_is_miss();
+    let load = async || Ok::<_, Error>(Some(user("ann", 1)));
+    let found = users.get_or_load("k", TTL, load).await.unwrap();
+    assert_eq!(found, Some(user("ann", 1)));
+    until_stored(&raw, "k", JSON | LZ4).await;
+}
+
+/// Postcard takes what it finds: the frame's first byte for the length of what follows.
+#[tokio::test(start_paused = true)]
+async fn what_is_compressed_is_not_decoded_as_it_is_by_who_does_not_decompress() {
+    let server = Server::new();
+    let writer: Typed<Vec<u8>, Postcard> = compressed(&server, Algorithm::Zstd)
+        .typed(Postcard::default())
+        .unwrap();
+    let reader: Typed<Vec<u8>, Postcard> = plain(&server).typed(Postcard::default()).unwrap();
+    let mut likely = 0;
+    for distinct in 1..=40_u8 {
+        let mut value: Vec<u8> = (0..distinct).map(|n| n.wrapping_mul(37) ^ n).collect();
+        value.resize(2000, 7);
+        writer.set("k", &value, TTL).await.unwrap();
+        let stored = server.peek("k").unwrap();
+        likely += usize::from(usize::from(stored[0]) + 1 == stored.len());
+        let error = reader.get("k").await.unwrap_err();
+        assert_eq!((error.kind(), error.sent()), (ErrorKind::Codec, Sent::Yes));
+        assert_eq!(writer.get("k").await.unwrap(), Some(value));
+    }
+    assert!(likely > 0, "none of them would have been decoded");
+    // What has no compression has no bits of it either, unless they are the format's own.
+    let own = Postcard::default().with_format(Format::new(0x3000_0000, 0x3000_0000));
+    let own: Typed<u32, Postcard> = plain(&server).typed(own).unwrap();
+    own.set("own", &7, TTL).await.unwrap();
+    assert_eq!(own.get("own").await.unwrap(), Some(7));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_loaded_and_could_not_be_read_again_is_not_put_back() {
+    let server = Server::new();
+    let typed: Typed<f64, Json> = plain(&server).typed(Json::default()).unwrap();
+    // To JSON that is `null`.
+    let load = async || Ok::<_, Error>(Some(f64::NAN));
+    for typed in [typed.clone(), typed.clone().undecodable_is_miss()] {
+        let error = typed.get_or_load("k", TTL, load).await.unwrap_err();
+        assert_eq!((error.kind(), error.sent()), (ErrorKind::Codec, Sent::No));
+        let load = async |keys: Vec<Key>| {
+            let nan = keys.into_iter().map(|key| (key, f64::NAN));
+            Ok::<_, Error>(nan.collect::<Vec<_>>())
+        };
+        let many = typed.get_many_or_load(["k"], TTL, load).await;
+        assert_eq!(many.errors().count(), 1);
+    }
+    let load = async || Ok::<_, Error>(Some(0.5));
+    assert_eq!(typed.get_or_load("k", TTL, load).await.unwrap(), Some(0.5));
+}
+
+/// Holds each read back until it is let go.
+#[derive(Clone)]
+struct Held<S>(S, Arc<tokio::sync::Semaphore>);
+
+impl<S> tower::Service<Request> for Held<S>
+where
+    S: tower::Service<Request, Response = Response> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Into<BoxError>,
+{
+    type Response = Response;
+    type Error = BoxError;
+    type Future = futures::future::BoxFuture<'static, Result<Response, BoxError>>;
+
+    fn poll_ready(
+        &mut self,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<(), BoxError>> {
+        self.0.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let ready = self.0.clone();
+        let mut inner = std::mem::replace(&mut self.0, ready);
+        let held = self.1.clone();
+        Box::pin(async move {
+            if matches!(request.operation(), Operation::Get { .. }) {
+                held.acquire().await?.forget();
+            }
+            inner.call(request).await.map_err(Into::into)
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_read_under_way_understands_what_is_written_by_new_settings() {
+    let server = Server::new();
+    let held = Arc::new(tokio::sync::Semaphore::new(0));
+    let client = builder(&server)
+        .timeout(secs(5))
+        .layer(tower::layer::layer_fn(|inner| Held(inner, held.clone())))
+        .build()
+        .unwrap();
+    let long = "a".repeat(2000);
+    let mut read = Box::pin(client.get("k"));
+    assert!(futures::poll!(&mut read).is_pending());
+    let mut config = Config::default();
+    config.compression = Some(compressing(Algorithm::Lz4));
+    client.reconfigure(config).unwrap();
+    client.set("k", &long, TTL).await.unwrap();
+    held.add_permits(1);
+    let value = read.await.unwrap().unwrap();
+    assert_eq!((&*value, value.flags()), (long.as_bytes(), 0));
 }

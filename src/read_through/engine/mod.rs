@@ -467,7 +467,7 @@ impl Engine {
                     with_cas: true,
                 };
                 match self.ask(query, Request::new(operation), by).await? {
-                    Response::Value(value) => Ok(plain(value)),
+                    Response::Value(value) => Ok(self.made_out(query, plain(value))),
                     other => Err(misfit(&other)),
                 }
             }
@@ -485,18 +485,24 @@ impl Engine {
         let key = key.clone();
         let request = Request::new(Operation::Lookup { key, lease });
         match self.ask(query, request, by).await? {
-            Response::Found(mut lookup) => {
-                if let (Found::Value { value, .. }, Some(accepts)) = (&lookup.found, &query.accepts)
-                    && !accepts(value)
-                {
-                    lookup.found = Found::Unreadable;
-                }
-                Ok(lookup)
-            }
+            Response::Found(lookup) => Ok(self.made_out(query, lookup)),
             // From a service built by hand, to which every read is a get.
-            Response::Value(value) => Ok(plain(value)),
+            Response::Value(value) => Ok(self.made_out(query, plain(value))),
             other => Err(misfit(&other)),
         }
+    }
+
+    /// What was found, decompressed; of what no sense can be made only that it is there.
+    fn made_out<S>(&self, query: &Query<S>, mut lookup: Lookup) -> Lookup {
+        if let Some(compression) = self.compression().get() {
+            compression.read_found(&mut lookup);
+        }
+        if let (Found::Value { value, .. }, Some(accepts)) = (&lookup.found, &query.accepts)
+            && !accepts(value)
+        {
+            lookup.found = Found::Unreadable;
+        }
+        lookup
     }
 
     /// Asks the cache; the answer, or its time-out, comes by then.
@@ -508,11 +514,7 @@ impl Engine {
     ) -> Result<Response> {
         let request = request.with_deadline(by);
         let spawner = self.means.spawner.as_ref();
-        let response = Call::new(query.cache.clone(), request, query.timeout, spawner).await?;
-        match self.compression().get() {
-            Some(compression) => compression.read(response),
-            None => Ok(response),
-        }
+        Call::new(query.cache.clone(), request, query.timeout, spawner).await
     }
 
     /// What is to be done about a key after the cache was asked for it.
