@@ -26,8 +26,18 @@ use crate::protocol::{Failure, Reply};
 )]
 pub struct Credentials {
     user: String,
-    #[cfg_attr(feature = "serde", serde(skip_serializing))]
+    #[cfg_attr(
+        feature = "serde",
+        serde(skip_serializing, deserialize_with = "password")
+    )]
     password: String,
+}
+
+/// One that is no text, such as a number, is not repeated by the error.
+#[cfg(feature = "serde")]
+fn password<'de, D: serde::Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let password: Result<String, _> = serde::Deserialize::deserialize(from);
+    password.map_err(|_| serde::de::Error::custom("credentials.password is no text"))
 }
 
 impl Credentials {

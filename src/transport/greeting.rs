@@ -147,6 +147,11 @@ impl Greeting<'_> {
         let mut stream = self.dial().await?;
         // All of them know this.
         match ask(&mut stream, b"get tower-memcached:greeting\r\n").await {
+            // No proxy, but a server that has just come back: it is greeted as one the next time.
+            said if said.demands_credentials() => {
+                let message = "it closed before it answered, and then demanded credentials";
+                Err((ConnectFailure::Other, failed(message)))
+            }
             Said::Reply(Reply::StatsEnd | Reply::Failure(..)) => Ok(proxy(stream, None)),
             said => Err(said.instead_of("get")),
         }

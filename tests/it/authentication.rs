@@ -1,9 +1,14 @@
 //! memcached that wants to know who asks (`-Y`).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tower_memcached::testing::Memcached;
-use tower_memcached::{Client, Config, Credentials, Error, ErrorKind, NodeConfig, Ttl};
+use tokio::io::AsyncReadExt as _;
+use tower_memcached::testing::{Memcached, Server};
+use tower_memcached::{
+    Address, BoxStream, Client, Config, Connecting, Connector, Credentials, Error, ErrorKind,
+    Executor, NodeConfig, Ttl,
+};
 
 use crate::connectors::{hangs_and_comes_back, hasty, is_of_use, patient};
 use crate::support::{addresses, server, until_closed, until_open};
@@ -147,4 +152,52 @@ async fn credentials_can_be_changed_while_the_client_runs() {
         client.set(format!("k{n}"), "v", Ttl::NEVER).await.unwrap();
     }
     assert!(client.nodes().iter().all(|node| node.connections > 0));
+}
+
+/// Ends the first connection upon its first question, as a server does that is just then being restarted.
+struct EndsTheFirst(Server, AtomicBool);
+
+impl Connector for EndsTheFirst {
+    fn connect(&self, _: &Address) -> Connecting {
+        let (ours, mut theirs) = tokio::io::duplex(64 * 1024);
+        match self.1.swap(true, Ordering::Relaxed) {
+            true => drop(tokio::spawn(self.0.clone().serve(theirs))),
+            false => drop(tokio::spawn(async move {
+                let _asked = theirs.read(&mut [0; 64]).await;
+            })),
+        }
+        Box::pin(async { Ok(Box::new(ours) as BoxStream) })
+    }
+}
+
+/// It is not taken for a proxy, whose connection would be of use to nobody for as long as it is open.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_comes_back_between_two_questions_is_told_who_asks() {
+    let server = Server::new();
+    server.require_authentication("user", "secret");
+    let client = Client::builder()
+        .nodes(["node"])
+        .connector(EndsTheFirst(server, AtomicBool::new(false)))
+        .executor(Executor::current())
+        .credentials(right())
+        .build()
+        .unwrap();
+    let until = tokio::time::Instant::now() + Duration::from_secs(10);
+    while let Err(error) = client.set("k", "v", Ttl::NEVER).await {
+        assert!(tokio::time::Instant::now() < until, "{error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
+}
+
+#[cfg(feature = "serde")]
+#[test]
+fn a_password_that_is_no_text_is_not_repeated() {
+    let config = r#"{"credentials": {"user": "user", "password": 73577357}}"#;
+    let error = serde_json::from_str::<Config>(config).unwrap_err();
+    let said = error.to_string();
+    assert!(
+        said.contains("password is no text") && !said.contains("7357"),
+        "{said}"
+    );
 }

@@ -13,8 +13,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 use tower_memcached::testing::Memcached;
 use tower_memcached::{
-    BreakerState, Client, Credentials, Error, ErrorKind, Executor, Pipelined, PipelinedSettings,
-    SystemConnector, TlsConnector, TlsSettings, Ttl,
+    Address, BreakerState, Client, Connecting, Connector, Credentials, Error, ErrorKind, Executor,
+    Pipelined, PipelinedSettings, SystemConnector, TlsConnector, TlsSettings, Ttl,
 };
 
 use crate::connectors::{eventually_set, hangs_and_comes_back, hasty, is_of_use, patient};
@@ -442,4 +442,30 @@ fn a_key_is_shown_to_nobody() {
         !shown.contains(secret) && !shown.contains("PRIVATE"),
         "{shown}"
     );
+}
+
+/// One that takes its time, whatever goes around it.
+struct Far;
+
+impl Connector for Far {
+    fn connect(&self, address: &Address) -> Connecting {
+        SystemConnector::new().connect(address)
+    }
+
+    fn connect_timeout(&self) -> Option<Duration> {
+        Some(Duration::from_secs(2))
+    }
+}
+
+#[test]
+fn it_takes_no_time_from_the_connector_below() {
+    let trusted = Authority::new("ours").trusted();
+    let told = trusted.clone().connect_timeout(Duration::from_secs(1));
+    let within = |connector: Result<TlsConnector, Error>| connector.unwrap().connect_timeout();
+    let near = within(TlsConnector::new(SystemConnector::new(), &trusted));
+    assert_eq!(near, Some(Duration::from_millis(250)));
+    let far = within(TlsConnector::new(Far, &trusted));
+    assert_eq!(far, Some(Duration::from_secs(2)));
+    let told = within(TlsConnector::new(Far, &told));
+    assert_eq!(told, Some(Duration::from_secs(1)));
 }

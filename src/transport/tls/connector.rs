@@ -49,12 +49,15 @@ impl TlsConnector {
         settings.validate()?;
         let named = settings.server_name.clone().map(ServerName::try_from);
         let named = named.transpose();
+        // What needs longer than that without TLS does with it, too.
+        let own_timeout = inner.connect_timeout().unwrap_or_default();
+        let connect_timeout = CONNECT_TIMEOUT.max(own_timeout);
         Ok(Self {
             inner,
             config: Arc::new(settings.client_config()?),
             server_name: named
                 .map_err(|_| Invalid::new("tls.server_name", "is no name of a host, and no IP"))?,
-            connect_timeout: settings.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
+            connect_timeout: settings.connect_timeout.unwrap_or(connect_timeout),
         })
     }
 }

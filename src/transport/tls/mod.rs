@@ -106,7 +106,8 @@ impl TlsSettings {
 
     /// The name or IP that every server's certificate must be for. By default it is the host as it is
     /// written in the node's address, so it is needed for nodes on Unix sockets, and for those that are
-    /// written as an IP that is not in their certificate.
+    /// written as an IP that is not in their certificate, as are all that
+    /// [are found by a DNS name](crate::discovery).
     #[must_use]
     pub fn server_name(mut self, name: impl Into<String>) -> Self {
         self.server_name = Some(name.into());
@@ -115,7 +116,8 @@ impl TlsSettings {
 
     /// How long connecting may take, the handshake and the server's first answer included. By default as
     /// long as [`ClientBuilder::connect_timeout`](crate::ClientBuilder::connect_timeout) says, over which
-    /// this goes; and 250 ms if that says nothing, since a handshake takes longer than a plain connect.
+    /// this goes; and 250 ms if that says nothing, since a handshake takes longer than a plain connect, or
+    /// what a [connector of one's own](crate::Connector::connect_timeout) below it says, if that is longer.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = Some(timeout);
