@@ -52,6 +52,9 @@ pub struct Lookup {
     /// Whether another node than the key's own has answered, because that is out. What is there lives
     /// at most for the failover TTL.
     pub away: bool,
+    /// Whether it is not told what TTL is left to a value, as in the classic protocol. What is put back
+    /// is then not kept past its TTL, for nobody could tell that it is old.
+    pub untimed: bool,
 }
 
 /// What a [`Lookup`] found.
@@ -96,6 +99,7 @@ impl Lookup {
         token: None,
         lease: LeaseState::Free,
         away: false,
+        untimed: false,
     };
 
     /// An answer made by hand, for services and tests.
@@ -106,6 +110,7 @@ impl Lookup {
             token,
             lease,
             away: false,
+            untimed: false,
         }
     }
 }

@@ -250,6 +250,44 @@ pub(crate) fn is_absent(flags: u32, data: &[u8]) -> bool {
     flags == ABSENT_FLAGS && memmem::find(data, ABSENT).is_some()
 }
 
+/// What is stored in place of a value that somebody is loading, where the protocol has no leases of its
+/// own. Reads take it for a miss. No two are alike.
+#[derive(Debug)]
+#[cfg(feature = "classic")]
+pub(crate) struct Placeholder(Bytes);
+
+const PLACEHOLDER: &[u8] = b"tower-memcached: lease ";
+
+/// Its client flags, "HELD" in ASCII. None of its bits is missing in [`ABSENT_FLAGS`], which formats and
+/// compression keep clear of.
+pub(crate) const LEASE_FLAGS: u32 = 0x4845_4c44;
+
+#[cfg(feature = "classic")]
+impl Placeholder {
+    /// In bytes.
+    pub(crate) const LENGTH: usize = PLACEHOLDER.len() + 32;
+
+    pub(crate) fn random() -> Self {
+        let nonce = format!("{:032x}", fastrand::u128(..));
+        Self([PLACEHOLDER, nonce.as_bytes()].concat().into())
+    }
+
+    pub(crate) fn payload(&self) -> Payload {
+        Payload::from(&self.0).with_flags(LEASE_FLAGS)
+    }
+
+    /// Whether it is this one, as it was stored.
+    pub(crate) fn is(&self, value: &Value) -> bool {
+        value.flags == LEASE_FLAGS && value.data == self.0
+    }
+}
+
+/// Whether it is the placeholder of a lease.
+pub(crate) fn is_placeholder(flags: u32, data: &[u8]) -> bool {
+    // Also if somebody has appended or prepended to it, as above.
+    flags == LEASE_FLAGS && memmem::find(data, PLACEHOLDER).is_some()
+}
+
 /// Identifies a version of a value *at one node, as of one moment*.
 ///
 /// The number the server gives is not enough: a restarted memcached counts from 1 again, and an

@@ -22,7 +22,7 @@ pub use typed::Typed;
 
 use crate::compression::CompressionSettings;
 use crate::error::{BoxError, Error, ErrorKind, Result, Sent};
-use crate::value::{ABSENT_FLAGS, Payload, Value};
+use crate::value::{ABSENT_FLAGS, LEASE_FLAGS, Payload, Value};
 
 /// Which client flags say that a value is in a format: those that a [`Codec`] writes, and accepts.
 ///
@@ -97,6 +97,8 @@ impl Format {
             format!("has bits that its mask {mask:#x} has not")
         } else if id == ABSENT_FLAGS {
             "is that of what is absent".to_owned()
+        } else if id == LEASE_FLAGS {
+            "is that of leases".to_owned()
         } else if compression.is_some_and(|settings| settings.mask() & mask != 0) {
             format!("has a mask, {mask:#x}, with a bit that says what is compressed")
         } else {

@@ -27,7 +27,7 @@ use crate::executor::after;
 use crate::key::Key;
 use crate::request::Operation;
 use crate::response::{CasOutcome, Found, LeaseState, Lookup, Response};
-use crate::value::{CasToken, Value, is_absent};
+use crate::value::{CasToken, Value, is_absent, is_placeholder};
 
 /// More counters than any memcached reports.
 pub(crate) const MAX_STATS: usize = 4096;
@@ -930,7 +930,9 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
     let left = left.map(Duration::from_secs);
     // There is no value yet.
     let placeholder = header.lease.is_some() && data.is_empty();
-    let found = if placeholder || header.outdated {
+    // Of one who asks in the classic protocol: whatever the server says, the lease is not ours.
+    let classic = is_placeholder(header.client_flags, &data);
+    let found = if placeholder || classic || header.outdated {
         Found::Nothing
     } else if is_absent(header.client_flags, &data) {
         Found::Absent { left }
@@ -938,7 +940,10 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
         let value = Value::new(data, header.client_flags);
         Found::Value { value, left }
     };
-    let lease = header.lease.unwrap_or(LeaseState::Free);
+    let lease = match classic {
+        true => LeaseState::Taken,
+        false => header.lease.unwrap_or(LeaseState::Free),
+    };
     Lookup::new(found, token, lease)
 }
 

@@ -87,7 +87,9 @@ impl Engine {
             token,
             lease,
             away,
+            untimed,
         } = lookup;
+        let away = away || untimed;
         let found_there = |value: Option<Value>| {
             Claim::Found(Outcome {
                 result: Ok(value),

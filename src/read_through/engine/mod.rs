@@ -544,7 +544,7 @@ impl Engine {
             Err(_) => return Verdict::Fetch(wanted),
         };
         // Where the TTL that is left is not told, nothing is kept past its own either.
-        let away = lookup.away || lookup.lease == LeaseState::Unknown;
+        let away = lookup.away || lookup.untimed || lookup.lease == LeaseState::Unknown;
         wanted.away = away;
         wanted.sighting.seen = match self.settings().leases && lookup.lease != LeaseState::Unknown {
             true => Seen::Vacancy(lookup.token),

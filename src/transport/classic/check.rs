@@ -182,9 +182,8 @@ impl<'a> Values<'a> {
 }
 
 impl<'a> Check<'a> {
-    /// Of what answers `operation`, with values of up to `max_value` bytes; `None` if the protocol
-    /// cannot say it.
-    pub(super) fn new(operation: &'a Operation, max_value: usize) -> Option<Self> {
+    /// Of what answers `operation`, with values of up to `max_value` bytes.
+    pub(super) fn new(operation: &'a Operation, max_value: usize) -> Self {
         let asked = match operation {
             Operation::Get { key, with_cas } => {
                 Asked::Values(Values::new(std::slice::from_ref(key), *with_cas))
@@ -193,10 +192,9 @@ impl<'a> Check<'a> {
                 Asked::Values(Values::new(std::slice::from_ref(key), false))
             }
             Operation::GetMany { keys } => Asked::Values(Values::new(keys, false)),
-            Operation::Lookup { key, lease: None } => {
+            Operation::Lookup { key, .. } => {
                 Asked::Values(Values::new(std::slice::from_ref(key), true))
             }
-            Operation::Lookup { lease: Some(_), .. } => return None,
             Operation::Store { mode, .. } => Asked::Store(*mode),
             Operation::CompareAndSwap { .. } => Asked::Swap,
             Operation::Delete { .. } => Asked::Delete,
@@ -210,14 +208,14 @@ impl<'a> Check<'a> {
             Operation::GetAndTouch { .. } => State::Touch,
             _ => State::Line,
         };
-        Some(Self {
+        Self {
             max_value,
             asked,
             state,
             searched: 0,
             approved: BytesMut::new(),
             accepted: false,
-        })
+        }
     }
 
     /// The answer has come in full.

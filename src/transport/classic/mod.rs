@@ -14,6 +14,7 @@ mod encode;
 #[cfg(feature = "testing")]
 mod fuzz;
 mod guard;
+mod lease;
 mod pool;
 #[cfg(any(test, feature = "testing"))]
 mod script;

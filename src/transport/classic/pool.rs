@@ -1,6 +1,6 @@
 //! The connections of one node: bb8's pool of them, and what is known of the server by how they end.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -9,8 +9,11 @@ use futures::future::{Either, select};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep};
 
+use super::lease::Company;
 use super::wire::Wire;
 use crate::error::{Error, Result, Sent};
+use crate::protocol::ServerVersion;
+use crate::transport::greeting::Connected;
 use crate::transport::protocol::Dialect;
 use crate::transport::site::{Site, Up, backoff};
 use crate::transport::{ConnectFailure, Event};
@@ -55,6 +58,8 @@ struct State {
 /// those that wait in the pool are not used any more.
 pub(super) struct Generation {
     pub(super) pool: bb8::Pool<Manager>,
+    /// The number of the first of them; more than any as long as there is none.
+    pub(super) first: AtomicU32,
     /// Nobody gets one of them any more.
     pub(super) ended: watch::Sender<Option<Ended>>,
 }
@@ -68,7 +73,7 @@ pub(super) struct Connection {
     /// Gone once it has been given up.
     pub(super) wire: Option<Wire>,
     pub(super) up: Up,
-    pub(super) proxy: bool,
+    pub(super) company: Company,
     /// Something was answered over it, in time or not.
     pub(super) answered: bool,
     /// When it was handed back.
@@ -99,7 +104,10 @@ impl bb8::ManageConnection for Manager {
     async fn connect(&self) -> Result<Connection> {
         let ended = || self.shared.site.shut_down();
         let generation = self.generation.upgrade().ok_or_else(ended)?;
-        self.shared.connect(&generation).await
+        let connection = self.shared.connect(&generation).await?;
+        let number = connection.up.number;
+        generation.first.fetch_min(number, Ordering::AcqRel);
+        Ok(connection)
     }
 
     /// Not asked: the wire looks before it writes.
@@ -181,6 +189,7 @@ impl Shared {
                 });
             Generation {
                 pool,
+                first: AtomicU32::new(u32::MAX),
                 ended: watch::Sender::new(None),
             }
         };
@@ -206,12 +215,12 @@ impl Shared {
         };
         match connected {
             Ok(connected) => Ok(Connection {
+                company: company(&connected),
                 wire: Some(Wire::new(
                     connected.stream,
                     self.site.settings.load().limits.value,
                 )),
                 up: self.site.connection_up(),
-                proxy: connected.dialect == Dialect::Classic { proxy: true },
                 answered: false,
                 used_at: Instant::now(),
                 established: Instant::now(),
@@ -394,6 +403,15 @@ async fn tidy(shared: Weak<Shared>, mut closing: watch::Receiver<bool>) {
             Some(shared) => shared.tidy(),
             None => return,
         }
+    }
+}
+
+fn company(connected: &Connected) -> Company {
+    let modern = connected.version.is_some_and(ServerVersion::is_supported);
+    match connected.dialect {
+        Dialect::Classic { proxy: true } => Company::Proxied,
+        Dialect::Classic { proxy: false } if !modern => Company::Classic,
+        Dialect::Classic { .. } | Dialect::Meta => Company::Mixed,
     }
 }
 

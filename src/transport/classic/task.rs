@@ -5,12 +5,15 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
+use std::time::Duration;
 
+use tokio::sync::oneshot::Sender;
 use tokio::sync::{oneshot, watch};
 use tokio::task::coop::unconstrained;
 use tokio::time::{Instant, sleep_until};
 
 use super::Place;
+use super::lease::{Company, Looking, Next};
 use super::pool::{Lent, Shared};
 use super::wire::{self, Wire};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
@@ -83,18 +86,40 @@ enum End {
 
 impl Job {
     pub(super) async fn run(mut self) {
+        // Connections that the token does not fit.
+        let mut unfit = 0;
         // A connection of the pool may turn out to have ended meanwhile; nothing was sent then.
         loop {
             let lent = match self.borrow().await {
                 Some(Ok(lent)) => lent,
+                Some(Err(error)) if unfit > 0 && error.kind() == ErrorKind::Timeout => {
+                    return self.tell(Ok(Response::Swapped(CasOutcome::Exists)));
+                }
                 Some(Err(error)) => return self.tell(Err(error)),
                 // Its caller has left.
                 None => return,
             };
-            let drained = self.has_been_drained().map(Err);
-            if let Some(outcome) = drained.or_else(|| self.answer_unsent(&lent)) {
+            if let Some(error) = self.has_been_drained() {
                 drop(lent);
-                return self.tell(outcome);
+                return self.tell(Err(error));
+            }
+            match self.fits(&lent) {
+                Fits::Yes => {}
+                Fits::Never(outcome) => {
+                    drop(lent);
+                    return self.tell(outcome);
+                }
+                Fits::Another => {
+                    drop(lent);
+                    unfit += 1;
+                    // The pool gives the one that has waited longest. Once all that waited were looked
+                    // at, the right one is in use.
+                    if unfit % self.shared.size == 0 {
+                        let pause = after(Instant::now(), PAUSE).min(self.released_at());
+                        sleep_until(pause).await;
+                    }
+                    continue;
+                }
             }
             match self.exchange(lent).await {
                 Exchanged::Nothing => return,
@@ -193,18 +218,38 @@ impl Job {
         }
     }
 
-    /// The outcome, where it is not for this connection to be asked.
-    fn answer_unsent(&self, lent: &Lent) -> Option<Result<Response>> {
+    /// Whether it is for this connection to be asked.
+    fn fits(&self, lent: &Lent) -> Fits {
         match &self.operation {
-            _ if lent.connection.proxy => wire::unsupported_by_proxies(&self.operation).map(Err),
-            // It may lead to another process than the one that the token is from.
-            Operation::CompareAndSwap { token, .. } => (lent.connection.up.number
-                > token.connection)
-                .then_some(Ok(Response::Swapped(CasOutcome::Exists))),
-            _ => None,
+            _ if lent.connection.company == Company::Proxied => {
+                let error = wire::unsupported_by_proxies(&self.operation);
+                error.map_or(Fits::Yes, |error| Fits::Never(Err(error)))
+            }
+            // A newer one may lead to another process than the one that the token is from.
+            Operation::CompareAndSwap { token, .. }
+                if lent.connection.up.number > token.connection =>
+            {
+                match lent.generation.first.load(Ordering::Acquire) <= token.connection {
+                    true => Fits::Another,
+                    false => Fits::Never(Ok(Response::Swapped(CasOutcome::Exists))),
+                }
+            }
+            _ => Fits::Yes,
         }
     }
 }
+
+/// Whether a connection may be asked.
+enum Fits {
+    Yes,
+    /// Another of the pool may.
+    Another,
+    /// None may; this is the outcome.
+    Never(Result<Response>),
+}
+
+/// Between two looks at all connections that wait for one that a token fits.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// What is left to do after an exchange.
 enum Exchanged {
@@ -260,10 +305,33 @@ impl Job {
             shared: &shared,
             key: self.operation.written().cloned(),
         };
-        let sent_at = Instant::now();
-        let mut times = self.times(sent_at);
         self.progress.set(Progress::SENT);
-        let end = self.converse(&mut wire, &mut times, sent_at).await;
+        let max_value = shared.site.settings.load().limits.value;
+        let mut looking = Looking::new(&self.operation, lent.connection.company, max_value);
+        let (end, sent_at, times) = loop {
+            // The server has its time for each question, and the caller for all of them.
+            let sent_at = Instant::now();
+            let mut times = self.times(sent_at);
+            let question = looking.as_ref().map(Looking::question);
+            let mut end = self
+                .converse(&mut wire, question, &mut times, sent_at)
+                .await;
+            if let (Some(looking), End::Answered(Ok(answer))) = (&mut looking, &mut end) {
+                match looking.answered(answer) {
+                    Next::Answer(found) => *answer = found,
+                    // Nobody would use the lease.
+                    Next::Question if self.answer.as_ref().is_none_or(Sender::is_closed) => {}
+                    Next::Question => {
+                        lent.connection.answered = true;
+                        if !times.judged {
+                            shared.answered(sent_at);
+                        }
+                        continue;
+                    }
+                }
+            }
+            break (end, sent_at, times);
+        };
         let sent = match wire.has_sent() {
             true => Sent::Maybe,
             false => Sent::No,
@@ -337,8 +405,14 @@ impl Job {
         }
     }
 
-    /// Asks, and waits for the answer until there is one, or nobody wants it any more.
-    async fn converse(&mut self, wire: &mut Wire, times: &mut Times, sent_at: Instant) -> End {
+    /// Asks the question, or else what its caller asks, and waits for the answer until there is one, or nobody wants it any more.
+    async fn converse(
+        &mut self,
+        wire: &mut Wire,
+        question: Option<&Operation>,
+        times: &mut Times,
+        sent_at: Instant,
+    ) -> End {
         let Self {
             shared,
             operation,
@@ -346,7 +420,7 @@ impl Job {
             drained,
             ..
         } = self;
-        let mut exchange = pin!(wire.exchange(operation, shared.site.token()));
+        let mut exchange = pin!(wire.exchange(question.unwrap_or(operation), shared.site.token()));
         let mut has_drained = pin!(drained.changed());
         let mut timer = pin!(sleep_until(times.release_at.min(times.judge_at)));
         poll_fn(|cx| {

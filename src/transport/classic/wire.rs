@@ -13,6 +13,9 @@
 //! between. It is a miss if there was nothing at either moment; a value that was read may be one that
 //! was written behind the touch, with the TTL its writer gave it.
 //!
+//! A look-up is a `gets` here, with a lease or without: what a lease takes besides are
+//! [questions of their own](super::lease).
+//!
 //! An answer may make us hold, in all, as many values as keys were asked for, of up to the largest
 //! length each: as with the pipelined transport, nothing that was not asked for.
 
@@ -30,7 +33,7 @@ use crate::protocol::{check_value, too_large};
 use crate::request::{Direction, Operation};
 use crate::response::{Found, LeaseState, Lookup, Response};
 use crate::transport::BoxStream;
-use crate::value::{CasToken, Value, is_absent};
+use crate::value::{CasToken, Value, is_absent, is_placeholder};
 
 /// A connection that speaks the classic protocol.
 pub(super) struct Wire {
@@ -127,18 +130,15 @@ pub(super) fn unsupported_by_proxies(operation: &Operation) -> Option<Error> {
 
 /// How the answer to `operation` is read.
 fn check(operation: &Operation, max_value: usize) -> Result<Check<'_>> {
-    let unsupported = |why| Err(Error::new(ErrorKind::Unsupported, why));
     let keys = match operation {
         Operation::GetMany { keys } => &keys[..],
         _ => operation.key().map_or(&[][..], std::slice::from_ref),
     };
     if keys.iter().any(Key::is_binary) {
-        return unsupported("the classic protocol has no base64 keys");
+        let why = "the classic protocol has no base64 keys";
+        return Err(Error::new(ErrorKind::Unsupported, why));
     }
-    match Check::new(operation, max_value) {
-        Some(check) => Ok(check),
-        None => unsupported("the classic protocol has no leases"),
-    }
+    Ok(Check::new(operation, max_value))
 }
 
 /// What was answered, but for what memcache-async does not tell of values.
@@ -269,11 +269,13 @@ impl FoundValue {
     fn into_value(self) -> Option<Value> {
         match self {
             Self::Nothing | Self::Absent(_) => None,
-            Self::Value(value) => Some(value),
+            // Somebody loads it; there is no value yet.
+            Self::Value(value) => Some(value).filter(|value| !is_placeholder(value.flags(), value)),
         }
     }
 
-    /// What TTL is left is not told, nor whether anybody has a lease.
+    /// What TTL is left is not told. The placeholder of a lease is a value still: whose it is is not for
+    /// this to tell (see [`Looking`](super::lease::Looking)).
     fn into_lookup(self) -> Lookup {
         let (found, token) = match self {
             Self::Nothing => (Found::Nothing, None),
