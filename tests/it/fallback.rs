@@ -16,11 +16,13 @@ use tokio::time::{Instant, sleep, timeout};
 use tower_memcached::testing::Server;
 use tower_memcached::{
     Address, BoxStream, BreakerState, Client, Connecting, Connector, Error, ErrorKind, Executor,
-    GroupLayer, Key, KillSwitch, LoadGuard, LoadLimits, Loader, Payload, ReadThroughLayer,
-    ReadThroughSettings, Ttl, Value,
+    GroupLayer, Key, KillSwitch, LoadGuard, LoadLimits, Loader, Payload, Protocol,
+    ReadThroughLayer, ReadThroughSettings, Ttl, Value,
 };
 
-use crate::read_through::{BoxError, TTL, Table, client, exact, ms, secs, some};
+use crate::read_through::{
+    BoxError, PROTOCOLS, TTL, Table, client, client_by, exact, ms, secs, some,
+};
 use crate::storms;
 use crate::support::{eventually, in_memory, patient, state};
 
@@ -286,9 +288,16 @@ impl Connector for LateStores {
 
 #[tokio::test(start_paused = true)]
 async fn a_delete_is_not_undone_by_what_is_being_put_back() {
+    for &protocol in PROTOCOLS {
+        a_delete_behind_a_fill(protocol).await;
+    }
+}
+
+async fn a_delete_behind_a_fill(protocol: Protocol) {
     let server = Server::new();
     let table = Table::new("old", ms(5));
     let builder = Client::builder().nodes(["late"]).connections(2);
+    let builder = builder.protocol(protocol);
     let builder = builder.connector(LateStores(server.clone()));
     let builder = builder.executor(Executor::current());
     let client = builder.read_through(exact().leases(false)).build().unwrap();
@@ -531,7 +540,7 @@ fn with_seeds<F: Future<Output = ()>>(run: impl Fn(u64) -> F) {
 }
 
 /// Three clients of one server that is slow, restarted and cut off, with loaders that fail and panic.
-async fn many_clients(seed: u64) {
+async fn many_clients(seed: u64, protocols: [Protocol; 3]) {
     const SHORT: Ttl = Ttl::secs(2);
     let (gives_old_values, restarts) = (seed & 1 == 0, seed & 2 == 0);
     let mut random = Rng::with_seed(seed);
@@ -549,10 +558,10 @@ async fn many_clients(seed: u64) {
             false => settings,
         }
     };
-    let clients = [(); 3].map(|()| {
+    let clients = protocols.map(|protocol| {
         let layer = ReadThroughLayer::new(rows.clone(), SHORT);
         let layer = layer.settings(settings()).unwrap();
-        let client = client(&server, settings());
+        let client = client_by(protocol, &server, settings());
         (client.layer(layer), client)
     });
     let ends = Instant::now() + secs(7);
@@ -623,7 +632,20 @@ async fn many_clients(seed: u64) {
 
 #[test]
 fn many_clients_never_read_what_was_invalidated() {
-    with_seeds(many_clients);
+    with_seeds(|seed| many_clients(seed, [Protocol::Meta; 3]));
+}
+
+#[cfg(feature = "classic")]
+#[test]
+fn many_clients_of_the_classic_protocol_never_read_what_was_invalidated() {
+    with_seeds(|seed| many_clients(seed, [Protocol::Classic; 3]));
+}
+
+#[cfg(feature = "classic")]
+#[test]
+fn many_clients_of_either_protocol_never_read_what_was_invalidated() {
+    use Protocol::{Classic, Meta};
+    with_seeds(|seed| many_clients(seed, [Classic, Meta, Classic]));
 }
 
 /// A client of three servers that stall, so that others have to stand in for them.

@@ -11,14 +11,15 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use super::check::Check;
+use super::lease::{Company, Looking, Next};
 use super::script::Script;
 use super::wire::Wire;
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
 use crate::request::{Direction, LeaseTerms, Operation, StoreMode};
-use crate::response::{CasOutcome, Response};
+use crate::response::{CasOutcome, Found, LeaseState, Lookup, Response};
 use crate::ttl::Ttl;
-use crate::value::{CasToken, Payload};
+use crate::value::{ABSENT_FLAGS, CasToken, Payload, Value};
 
 const MAX_VALUE: usize = 64;
 
@@ -722,13 +723,6 @@ fn a_server_that_says_no_is_understood() {
 fn what_the_protocol_cannot_say_is_not_sent() {
     let binary = || Key::binary([0]).unwrap();
     let cases = [
-        (
-            Operation::Lookup {
-                key: key("k"),
-                lease: Some(LeaseTerms::new(PATIENCE)),
-            },
-            ErrorKind::Unsupported,
-        ),
         (Operation::Delete { key: binary() }, ErrorKind::Unsupported),
         (
             Operation::GetMany {
@@ -749,6 +743,198 @@ fn what_the_protocol_cannot_say_is_not_sent() {
     let nothing = exchange(&many(&[]), Vec::new(), true);
     assert_eq!(nothing.result, "[]");
     assert!(nothing.writes.is_empty());
+}
+
+fn leased() -> Operation {
+    Operation::Lookup {
+        key: key("k"),
+        lease: Some(LeaseTerms::new(Duration::from_millis(1500))),
+    }
+}
+
+/// A look-up for a lease, whose questions get these replies: the questions, and its answer. What it
+/// takes the lease with is `{ours}`.
+fn look_up(company: Company, replies: &[&str]) -> (Vec<String>, Lookup) {
+    let mut looking = Looking::new(&leased(), company, MAX_VALUE).unwrap();
+    let (mut said, mut ours) = (Vec::new(), String::new());
+    for reply in replies {
+        let (script, writes) = Script::new(whole(&reply.replace("{ours}", &ours)));
+        let mut wire = Wire::new(Box::new(script), MAX_VALUE);
+        let answer = block_on(wire.exchange(looking.question(), base())).unwrap();
+        assert!(!wire.is_dirty());
+        let question = String::from_utf8(writes.lock().unwrap().concat()).unwrap();
+        let mut lines = question.lines();
+        if let Some(value) = lines.nth(1) {
+            ours = value.to_owned();
+            said.push(question.replace(&ours, "{ours}"));
+        } else {
+            said.push(question);
+        }
+        if let Next::Answer(answer) = looking.answered(&answer) {
+            assert_eq!(said.len(), replies.len(), "it asks no more");
+            let Response::Found(lookup) = answer else {
+                panic!("{answer:?}");
+            };
+            assert!(lookup.untimed);
+            return (said, lookup);
+        }
+    }
+    panic!("it asks for more than {replies:?}");
+}
+
+const OTHERS: &str = "VALUE k 1212501060 55 9\r\n\
+    tower-memcached: lease 00000000000000000000000000000000\r\nEND\r\n";
+
+#[test]
+fn a_lease_is_taken_by_a_placeholder_that_is_still_there() {
+    let ours = "VALUE k 1212501060 55 7\r\n{ours}\r\nEND\r\n";
+    let value = "VALUE k 3 1 8\r\nv\r\nEND\r\n";
+    let absent = format!("VALUE k {ABSENT_FLAGS} 23 8\r\ntower-memcached: absent\r\nEND\r\n");
+    let found = Found::Value {
+        value: Value::new("v", 3).with_cas(Some(token(8))),
+        left: None,
+    };
+    let (look, take) = ("gets k\r\n", "add k 1212501060 2 55\r\n{ours}\r\n");
+    let (none, stored, not_stored) = ("END\r\n", "STORED\r\n", "NOT_STORED\r\n");
+    let (first, all) = (&[look][..], &[look, take, look][..]);
+    type Case<'a> = (&'a [&'a str], &'a [&'a str], Found, Option<u64>, LeaseState);
+    let cases: [Case<'_>; 10] = [
+        (
+            &[none, stored, ours],
+            all,
+            Found::Nothing,
+            Some(7),
+            LeaseState::Won,
+        ),
+        // Somebody has been faster, or has written or deleted it in between.
+        (
+            &[none, not_stored, OTHERS],
+            all,
+            Found::Nothing,
+            Some(9),
+            LeaseState::Taken,
+        ),
+        (
+            &[none, not_stored, value],
+            all,
+            found.clone(),
+            Some(8),
+            LeaseState::Free,
+        ),
+        (
+            &[none, not_stored, none],
+            all,
+            Found::Nothing,
+            None,
+            LeaseState::Free,
+        ),
+        (
+            &[none, stored, OTHERS],
+            all,
+            Found::Nothing,
+            Some(9),
+            LeaseState::Taken,
+        ),
+        (
+            &[none, stored, value],
+            all,
+            found.clone(),
+            Some(8),
+            LeaseState::Free,
+        ),
+        (
+            &[none, stored, none],
+            all,
+            Found::Nothing,
+            None,
+            LeaseState::Free,
+        ),
+        (&[OTHERS], first, Found::Nothing, Some(9), LeaseState::Taken),
+        (&[value], first, found, Some(8), LeaseState::Free),
+        (
+            &[&absent],
+            first,
+            Found::Absent { left: None },
+            Some(8),
+            LeaseState::Free,
+        ),
+    ];
+    for (replies, questions, found, unique, lease) in cases {
+        for company in [Company::Classic, Company::Mixed] {
+            let (said, lookup) = look_up(company, replies);
+            assert_eq!(said, questions, "{replies:?}");
+            assert_eq!(lookup.found, found, "{replies:?}");
+            assert_eq!(lookup.token, unique.map(token), "{replies:?}");
+            assert_eq!(lookup.lease, lease, "{replies:?}");
+        }
+    }
+}
+
+#[test]
+fn through_a_proxy_a_lookup_is_one_question_and_takes_no_lease() {
+    for (reply, found) in [("END\r\n", None), (OTHERS, Some(token(9)))] {
+        let (said, lookup) = look_up(Company::Proxied, &[reply]);
+        assert_eq!(said, ["gets k\r\n"]);
+        assert_eq!(lookup.found, Found::Nothing);
+        assert_eq!((lookup.token, lookup.lease), (found, LeaseState::Unknown));
+    }
+}
+
+#[test]
+fn what_may_be_a_lease_of_the_meta_protocol_is_not_relied_on() {
+    let empty = "VALUE k 0 0 8\r\n\r\nEND\r\n";
+    let (_, lookup) = look_up(Company::Mixed, &[empty]);
+    assert_eq!(
+        (lookup.found, lookup.token),
+        (Found::Unreadable, Some(token(8)))
+    );
+    let (_, lookup) = look_up(Company::Classic, &[empty]);
+    assert!(matches!(lookup.found, Found::Value { value, .. } if value.is_empty()));
+    // Nobody's lease has flags.
+    let (_, lookup) = look_up(Company::Mixed, &["VALUE k 1 0 8\r\n\r\nEND\r\n"]);
+    assert!(matches!(lookup.found, Found::Value { .. }));
+}
+
+#[test]
+fn a_lease_lasts_a_second_at_least_and_is_not_taken_where_it_has_no_room() {
+    let mut operation = leased();
+    operation.cap_ttl(Duration::ZERO);
+    let nothing = Response::Found(Lookup::NOTHING);
+    let mut looking = Looking::new(&operation, Company::Classic, MAX_VALUE).unwrap();
+    assert!(matches!(looking.answered(&nothing), Next::Question));
+    let Operation::Store { ttl, .. } = looking.question() else {
+        panic!("{looking:?}");
+    };
+    assert_eq!(*ttl, Ttl::secs(1));
+    let mut looking = Looking::new(&operation, Company::Classic, 54).unwrap();
+    assert!(matches!(looking.answered(&nothing), Next::Answer(_)));
+    assert!(Looking::new(&get("k"), Company::Classic, MAX_VALUE).is_none());
+}
+
+#[test]
+fn to_every_read_a_placeholder_is_a_miss_whatever_was_appended_to_it() {
+    let data = "head tower-memcached: lease 0 tail";
+    for (operation, cas) in [(get("k"), ""), (gets("k"), " 9"), (many(&["k", "l"]), "")] {
+        let reply = format!(
+            "VALUE k 1212501060 {}{cas}\r\n{data}\r\nEND\r\n",
+            data.len()
+        );
+        let meaning = match operation {
+            Operation::GetMany { .. } => "[Ok(None), Ok(None)]",
+            _ => "Value(None)",
+        };
+        assert_eq!(exchange(&operation, whole(&reply), false).result, meaning);
+    }
+    let reply = format!(
+        "TOUCHED\r\nVALUE k 1212501060 {}\r\n{data}\r\nEND\r\n",
+        data.len()
+    );
+    let touched = exchange(&get_and_touch(), whole(&reply), false);
+    assert_eq!(touched.result, "Value(None)");
+    // It takes the flags and the words.
+    let reply = format!("VALUE k 0 {}\r\n{data}\r\nEND\r\n", data.len());
+    let value = exchange(&get("k"), whole(&reply), false);
+    assert!(value.result.contains("Some"), "{}", value.result);
 }
 
 #[test]
@@ -930,7 +1116,7 @@ fn a_value_of_a_length_that_is_not_allowed_is_never_announced_to_memcache_async(
         (1 << 30, false),
     ] {
         let operation = get("k");
-        let mut check = Check::new(&operation, MAX_VALUE).unwrap();
+        let mut check = Check::new(&operation, MAX_VALUE);
         let mut input = BytesMut::from(format!("VALUE k 0 {length}\r\n").as_str());
         assert!(check.advance(&mut input).unwrap().is_none());
         assert_eq!(!check.approved().is_empty(), allowed, "{length}");
@@ -1079,6 +1265,55 @@ async fn converse(wire: &mut Wire) {
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Ok(None))));
 
     answers!(delete(), Response::Deleted(true));
+
+    // A lease: somebody else has to wait, until it is given up.
+    macro_rules! lease {
+        ($found:pat, $lease:ident) => {{
+            let mut looking = Looking::new(&leased(), Company::Classic, 1 << 20).unwrap();
+            loop {
+                let answer = ask(looking.question().clone()).await.unwrap();
+                if let Next::Answer(answer) = looking.answered(&answer) {
+                    let Response::Found(lookup) = answer else {
+                        panic!("{answer:?}");
+                    };
+                    assert!(matches!(lookup.found, $found), "{lookup:?}");
+                    assert_eq!(lookup.lease, LeaseState::$lease);
+                    break lookup.token;
+                }
+            }
+        }};
+    }
+    let won = lease!(Found::Nothing, Won).unwrap();
+    assert_eq!(lease!(Found::Nothing, Taken), Some(won));
+    answers!(get("k"), Response::Value(None));
+    answers!(get_and_touch(), Response::Value(None));
+    answers!(store(StoreMode::Add, "w"), Response::Stored(false));
+    let error = ask(count(Direction::Up)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotANumber);
+    let removal = |token| Operation::CompareAndSwap {
+        key: key("k"),
+        payload: "".into(),
+        ttl: Ttl::secs(0),
+        token,
+    };
+    answers!(removal(won), Response::Swapped(CasOutcome::Stored));
+    answers!(touch(), Response::Touched(false));
+    let next = lease!(Found::Nothing, Won).unwrap();
+    assert_ne!(next, won);
+    answers!(removal(won), Response::Swapped(CasOutcome::Exists));
+    answers!(delete(), Response::Deleted(true));
+    answers!(swap(next), Response::Swapped(CasOutcome::NotFound));
+    let won = lease!(Found::Nothing, Won).unwrap();
+    answers!(store(StoreMode::Append, "tail"), Response::Stored(true));
+    answers!(get("k"), Response::Value(None));
+    assert_ne!(lease!(Found::Nothing, Taken), Some(won));
+    answers!(swap(won), Response::Swapped(CasOutcome::Exists));
+    answers!(delete(), Response::Deleted(true));
+    let won = lease!(Found::Nothing, Won).unwrap();
+    answers!(swap(won), Response::Swapped(CasOutcome::Stored));
+    assert!(lease!(Found::Value { .. }, Free).is_some());
+    answers!(delete(), Response::Deleted(true));
+
     answers!(Operation::Version, Response::Version(_));
     let Ok(Response::Stats(stats)) = ask(Operation::Stats).await else {
         panic!("counters");
