@@ -32,6 +32,11 @@ pub enum Operation {
     /// Read a value with all that a [read-through](crate::read_through) has to know of it, and take
     /// the lease on it if there is one to be had; answered with
     /// [`Response::Found`](crate::Response::Found).
+    ///
+    /// In the classic protocol there is a lease only on what is not there, whatever
+    /// [`recache`](LeaseTerms::recache) says, and to take it are three round trips within the time of one
+    /// attempt. One that is dropped or fails on the way may leave the lease taken until it ends. Through
+    /// a proxy there is none ([`LeaseState::Unknown`](crate::LeaseState::Unknown)).
     Lookup {
         /// Which.
         key: Key,

@@ -104,12 +104,18 @@ impl ReadThroughSettings {
     /// Whether to ask memcached for a lease before loading, so that of all processes only one
     /// loads, and nothing that was invalidated during a load is put back; true by default.
     ///
-    /// Turn it off where clients that do not know leases read the same keys by the classic protocol:
-    /// to them the placeholder of a lease is a hit of 0 bytes. Loads are then coalesced within this
-    /// client only, and what is loaded is added where nothing is: another process's invalidation
-    /// during the load is not noticed.
+    /// It holds in both protocols, and for clients of either that share a server; then it may be one load
+    /// in each process that is asked in the classic protocol, while one in the meta protocol loads. Through
+    /// proxies there are no leases: it is as if this were off.
     ///
-    /// The placeholder is an empty item to `append`, `prepend`, `touch`, `add` and counters, of this
+    /// Turn it off where others read the same keys: a placeholder is a hit to clients that are not this
+    /// crate's (of 0 bytes, if its owner speaks the meta protocol; of 55, with the client flags
+    /// 0x48454c44, in the classic one), and one of the meta protocol is a hit of 0 bytes to a plain `get`
+    /// in the classic protocol, and through a proxy. Loads are then coalesced within this client only,
+    /// and what is loaded is added where nothing is: another process's invalidation during the load is
+    /// not noticed.
+    ///
+    /// The placeholder is an item to `append`, `prepend`, `touch`, `add` and counters, of this
     /// client, too: use them on other keys than those that are read through.
     #[must_use]
     pub fn leases(mut self, leases: bool) -> Self {

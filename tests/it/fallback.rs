@@ -274,7 +274,7 @@ impl Connector for LateStores {
             tokio::spawn(async move {
                 let mut buffer = vec![0; 64 * 1024];
                 while let Ok(read @ 1..) = requests.read(&mut buffer).await {
-                    if buffer.starts_with(b"ms ") {
+                    if buffer.starts_with(b"ms ") || buffer.starts_with(b"add ") {
                         sleep(ms(10)).await;
                     }
                     to_them.write_all(&buffer[..read]).await?;

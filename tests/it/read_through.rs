@@ -238,6 +238,41 @@ async fn what_another_client_invalidated_is_neither_put_back_nor_shared() {
     }
 }
 
+#[cfg(feature = "classic")]
+#[tokio::test(start_paused = true)]
+async fn what_is_put_back_finds_a_connection_that_its_token_fits_among_newer_ones() {
+    let server = Server::new();
+    let builder = in_memory(std::slice::from_ref(&server)).protocol(Protocol::Classic);
+    let client = builder.read_through(exact()).build().unwrap();
+    client.set("other", "v", TTL).await.unwrap();
+    let token = client.gets("other").await.unwrap().unwrap().cas().unwrap();
+    let table = Table::new("v", ms(50));
+    let others = async {
+        sleep(ms(10)).await;
+        // There is one connection. Now there are as many as may be.
+        server.delay(ms(1));
+        for value in join_all((0..200).map(|_| client.get("other"))).await {
+            assert_eq!(value.unwrap().unwrap(), "v");
+        }
+        // And all are busy.
+        sleep(ms(39)).await;
+        join_all((0..100).map(|_| client.get("other"))).await;
+    };
+    let (loaded, _) = tokio::join!(table.get(&client), others);
+    assert_eq!(loaded.unwrap(), some("v"));
+    eventually("it is put back", || {
+        server.peek("k").is_some_and(|value| value == "v")
+    })
+    .await;
+    let swapped = client.cas("other", "w", TTL, token).await.unwrap();
+    assert_eq!(swapped, tower_memcached::CasOutcome::Stored);
+    // Of the server as it is now, the token says nothing.
+    server.close_connections();
+    client.get("other").await.unwrap();
+    let swapped = client.cas("other", "x", TTL, token).await.unwrap();
+    assert_eq!(swapped, tower_memcached::CasOutcome::Exists);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_set_during_a_load_stays() {
     for leases in [true, false] {

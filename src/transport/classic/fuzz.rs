@@ -12,7 +12,7 @@ use crate::error::ErrorKind;
 use crate::fuzzing::operation;
 use crate::key::Key;
 use crate::request::Operation;
-use crate::response::Response;
+use crate::response::{Found, Response};
 use crate::value::{CasToken, Value};
 
 /// The longest value, in bytes.
@@ -106,6 +106,11 @@ fn check(operation: &Operation, response: &Response, reply: &[u8]) {
                 if let Ok(Some(value)) = outcome {
                     assert!(came(key, value), "a value from nowhere");
                 }
+            }
+        }
+        (Operation::Lookup { key, .. }, Response::Found(lookup)) => {
+            if let Found::Value { value, .. } = &lookup.found {
+                assert!(came(key, value), "a value from nowhere");
             }
         }
         (operation, Response::Value(Some(value))) => {

@@ -6,6 +6,9 @@
 //! protocol; the `guard` beneath it lets nothing pass that is not the answer to what was asked, and
 //! the `wire` knows whether a connection is still in step: one that is not is never used again.
 //!
+//! A CAS token goes over no connection that is newer than it ([`CasToken`](crate::CasToken)), so a
+//! request with one looks for an older connection in the pool.
+//!
 //! A request is a task on the I/O executor ([`task`]): it takes a connection, asks, and hands the
 //! connection back. Whoever waits for it may leave; it sees the exchange to its end all the same.
 
