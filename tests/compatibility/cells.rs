@@ -74,7 +74,7 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     ("`Key::binary`", Cell::is_classic, Expected::Unsupported),
     (
         "one load among several processes (leases)",
-        Cell::is_classic,
+        Cell::is_proxied,
         Expected::Lacks,
     ),
     (
