@@ -270,6 +270,10 @@ impl Shared {
     /// Connecting has come to nothing, and is not tried again for a while.
     fn back_off(&self, error: &Error) {
         let mut state = self.lock();
+        // Several that fail together are one failure.
+        if self.broken(&state).is_some() {
+            return;
+        }
         state.broken = Some((Instant::now() + backoff(state.failures), error.clone()));
         state.failures = state.failures.saturating_add(1);
     }
