@@ -532,6 +532,8 @@ fn a_lookup_tells_nothing_absent_and_a_value_apart_and_whose_the_lease_is() {
     use LeaseState::{Free, Taken, Won};
     let seconds = |seconds| Some(Duration::from_secs(seconds));
     let absent = "VA 23 f1313820229 c5 t9 O1\r\ntower-memcached: absent\r\n";
+    let classic = "VA 24 f1212501060 c5 t2 O1\r\ntower-memcached: lease 0\r\n";
+    let recached = "VA 24 f1212501060 c5 t2 O1 W\r\ntower-memcached: lease 0\r\n";
     let value = |left| Found::Value {
         value: crate::value::Value::new("v", 3),
         left,
@@ -573,6 +575,9 @@ fn a_lookup_tells_nothing_absent_and_a_value_apart_and_whose_the_lease_is() {
             Taken,
         ),
         (absent, Found::Absent { left: seconds(9) }, Some(5), Free),
+        // Of somebody who asks in the classic protocol, whatever the server tells us to do.
+        (classic, Found::Nothing, Some(5), Taken),
+        (recached, Found::Nothing, Some(5), Taken),
     ] {
         let mut connection = Conversation::new();
         let ticket = connection.send(&Operation::Lookup {
@@ -593,6 +598,7 @@ fn a_lookup_tells_nothing_absent_and_a_value_apart_and_whose_the_lease_is() {
 fn to_a_plain_read_what_is_absent_or_outdated_is_a_miss() {
     for reply in [
         "VA 23 f1313820229 O1\r\ntower-memcached: absent\r\n",
+        "VA 24 f1212501060 O1\r\ntower-memcached: lease 0\r\n",
         "VA 1 f3 O1 W X\r\nv\r\n",
     ] {
         let mut connection = Conversation::new();
