@@ -382,6 +382,19 @@ async fn a_client_that_has_waited_long_for_its_nodes_gets_them_all_the_same() {
     }
 }
 
+/// Which of its nodes take requests.
+fn are_in(client: &Client) -> Vec<bool> {
+    let takes = |state| matches!(state, BreakerState::Closed | BreakerState::Ramping);
+    let nodes = client.nodes().into_iter();
+    nodes.map(|node| takes(node.state)).collect()
+}
+
+/// A process is known by when it was started, in whole seconds of what is no test's time.
+#[expect(clippy::disallowed_methods, reason = "paused time does not count")]
+fn a_second_of_real_time() {
+    std::thread::sleep(ms(1_100));
+}
+
 /// More than can be remembered: then only a server that is empty since has nothing old.
 #[tokio::test(start_paused = true)]
 async fn what_was_forgotten_of_the_time_without_nodes_keeps_a_server_out_until_it_is_restarted() {
@@ -399,26 +412,20 @@ async fn what_was_forgotten_of_the_time_without_nodes_keeps_a_server_out_until_i
     }
     tell.unbounded_send(Ok(of(&[0, 1, 2]))).unwrap();
     sleep(secs(30)).await;
-    let is_in = |client: &Client| -> Vec<_> {
-        let nodes = client.nodes().into_iter();
-        nodes.map(|node| node.state != BreakerState::Open).collect()
-    };
-    assert_eq!(is_in(&client), [false, false, false]);
-    // Its clock has whole seconds, of the real time.
-    std::thread::sleep(ms(1_100));
+    assert_eq!(are_in(&client), [false, false, false]);
+    a_second_of_real_time();
     servers[1].restart_empty();
     sleep(secs(30)).await;
-    assert_eq!(is_in(&client), [false, true, false]);
+    assert_eq!(are_in(&client), [false, true, false]);
     client.flush_all().await.unwrap();
     sleep(secs(30)).await;
-    assert_eq!(is_in(&client), [true, true, true]);
+    assert_eq!(are_in(&client), [true, true, true]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_node_of_which_much_was_forgotten_is_not_believed_because_it_has_moved() {
     let mut servers = vec![Server::new(), Server::new()];
-    // A process is known by when it was started, in seconds of the real time.
-    std::thread::sleep(ms(1_100));
+    a_second_of_real_time();
     servers.extend([Server::new(), Server::new()]);
     for n in 0..1_000 {
         servers[2].insert(format!("key-{n}"), "old");
@@ -448,12 +455,12 @@ async fn a_node_of_which_much_was_forgotten_is_not_believed_because_it_has_moved
         assert_eq!(found, None);
         sleep(ms(20)).await;
     }
-    assert_eq!(client.nodes()[0].state, BreakerState::Open);
+    assert_eq!(are_in(&client), [false]);
     // One that has been started since has nothing old.
     servers[3].restart_empty();
     client.set_node_specs(specs(&[(0, "10.0.0.3")])).unwrap();
     sleep(secs(30)).await;
-    assert_eq!(client.nodes()[0].state, BreakerState::Closed);
+    assert_eq!(are_in(&client), [true]);
 }
 
 /// Of hundreds of nodes that are out one changes all the time.
