@@ -403,10 +403,13 @@ async fn probe(shared: &Arc<Shared>, ask: &Asker, size: usize) -> Probed {
     probed
 }
 
-/// Not more than there is room for.
+/// Not more than there is room for, and connections that others do not need.
 pub(super) fn at_once(shared: &Shared) -> usize {
+    let transport = shared.transport.as_ref();
+    let carried = transport.map_or(usize::MAX, Transport::carries_at_once);
     DELETIONS
         .min(shared.settings.load().max_in_flight / 2)
+        .min(carried / 2)
         .max(1)
 }
 

@@ -113,6 +113,15 @@ impl Transport {
         self.0.pipelined.connections()
     }
 
+    /// How many requests it can have on the way at the same time.
+    pub(crate) fn carries_at_once(&self) -> usize {
+        #[cfg(feature = "classic")]
+        if self.is_classic() {
+            return self.0.classic.connections();
+        }
+        usize::MAX
+    }
+
     /// Requests queued and in flight.
     pub(crate) fn pending(&self) -> usize {
         #[cfg(feature = "classic")]
