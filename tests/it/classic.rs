@@ -376,6 +376,7 @@ async fn a_client_that_is_shut_down_or_dropped_leaves_no_task_and_no_connection(
 
 /// The threads of the application do nothing else for a while.
 #[test]
+#[expect(clippy::disallowed_methods, reason = "it is to block")]
 fn an_application_that_blocks_makes_no_io_late() {
     let elsewhere = tokio::runtime::Runtime::new().unwrap();
     let servers = elsewhere.block_on(servers(2));
