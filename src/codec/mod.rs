@@ -33,7 +33,8 @@ use crate::value::{ABSENT_FLAGS, LEASE_FLAGS, Payload, Value};
 /// | neither, such as bytes written without a codec | none | an error to read |
 ///
 /// The other bits say nothing of the format, and are 0 when written; two of them are the
-/// [compression's](crate::CompressionSettings). To share values with another client, say what that one
+/// [compression's](crate::CompressionSettings), and a client that has none does not decode what has these.
+/// To share values with another client, say what that one
 /// writes:
 ///
 /// ```

@@ -38,7 +38,8 @@ impl Algorithm {
 /// crate has the feature for it, so that values of both may be in one cache.
 ///
 /// To introduce it, first have all clients read what none writes yet (`Algorithm::None`, the default),
-/// then have them write it.
+/// then have them write it. To end it have them write none (`Algorithm::None`) again: a client that has no
+/// settings, or other flags, gives out what is compressed as it is.
 ///
 /// # Flags
 ///
@@ -133,7 +134,8 @@ impl CompressionSettings {
     /// The largest value, in bytes, that comes of one that was compressed; 8 MiB by default. A larger one
     /// is an [`ErrorKind::ValueTooLarge`](crate::ErrorKind::ValueTooLarge) to read, found before there is
     /// memory for more, and is not compressed when it is written. How large it may be on the wire is the
-    /// client's [`max_value_size`](crate::ClientBuilder::max_value_size).
+    /// client's [`max_value_size`](crate::ClientBuilder::max_value_size). It is for each value: of many keys
+    /// that are read at once each may take as much.
     #[must_use]
     pub fn max_decompressed(mut self, bytes: usize) -> Self {
         self.max_decompressed = bytes;

@@ -118,10 +118,14 @@ fn builder(cell: &Cell, node: &str, certificate: &CertifiedKey<KeyPair>) -> Clie
         .executor(Executor::current())
         .timeout(PATIENCE)
         .attempt_timeout(PATIENCE / 2)
+        .connect_timeout(PATIENCE / 2)
         .load_timeout(PATIENCE);
     match cell.connection {
         Connection::Tcp | Connection::Unix => builder,
-        Connection::Tls => builder.tls(TlsSettings::default().ca_pem(certificate.cert.pem())),
+        Connection::Tls => {
+            let tls = TlsSettings::default().ca_pem(certificate.cert.pem());
+            builder.tls(tls.connect_timeout(PATIENCE / 2))
+        }
         Connection::Password => builder.credentials(Credentials::new(USER, PASSWORD)),
     }
 }

@@ -171,23 +171,30 @@ impl Connector for EndsTheFirst {
 }
 
 /// It is not taken for a proxy, whose connection would be of use to nobody for as long as it is open.
+#[cfg(feature = "classic")]
 #[tokio::test(start_paused = true)]
 async fn a_server_that_comes_back_between_two_questions_is_told_who_asks() {
-    let server = Server::new();
-    server.require_authentication("user", "secret");
-    let client = Client::builder()
-        .nodes(["node"])
-        .connector(EndsTheFirst(server, AtomicBool::new(false)))
-        .executor(Executor::current())
-        .credentials(right())
-        .build()
-        .unwrap();
-    let until = tokio::time::Instant::now() + Duration::from_secs(10);
-    while let Err(error) = client.set("k", "v", Ttl::NEVER).await {
-        assert!(tokio::time::Instant::now() < until, "{error}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    for protocol in [
+        tower_memcached::Protocol::Auto,
+        tower_memcached::Protocol::Classic,
+    ] {
+        let server = Server::new();
+        server.require_authentication("user", "secret");
+        let client = Client::builder()
+            .nodes(["node"])
+            .connector(EndsTheFirst(server, AtomicBool::new(false)))
+            .executor(Executor::current())
+            .protocol(protocol)
+            .credentials(right())
+            .build()
+            .unwrap();
+        let until = tokio::time::Instant::now() + Duration::from_secs(10);
+        while let Err(error) = client.set("k", "v", Ttl::NEVER).await {
+            assert!(tokio::time::Instant::now() < until, "{protocol:?}: {error}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
     }
-    assert_eq!(client.get("k").await.unwrap().unwrap(), "v");
 }
 
 #[cfg(feature = "serde")]

@@ -608,6 +608,26 @@ async fn what_cannot_be_read_is_replaced_in_the_classic_protocol_too() {
     until_stored(&raw, "k", JSON | LZ4).await;
 }
 
+/// To a service built by hand a look may be a get.
+#[tokio::test(start_paused = true)]
+async fn what_a_service_built_by_hand_has_is_a_miss_as_well_if_it_cannot_be_decoded() {
+    let service = tower::service_fn(|request: Request| async move {
+        Ok::<_, BoxError>(match request.into_operation() {
+            Operation::Lookup { .. } | Operation::Get { .. } => {
+                Response::Value(Some(Value::new(r#"{"full_name":"ann"}"#, JSON)))
+            }
+            _ => Response::Stored(false),
+        })
+    });
+    let users: Typed<User, Json, _> = Client::from_service(service)
+        .typed(Json::default())
+        .unwrap();
+    let load = async || Ok::<_, Error>(Some(user("ann", 1)));
+    let users = users.undecodable_is_miss();
+    let found = users.get_or_load("k", TTL, load).await.unwrap();
+    assert_eq!(found, Some(user("ann", 1)));
+}
+
 /// Postcard takes what it finds: the frame's first byte for the length of what follows.
 #[tokio::test(start_paused = true)]
 async fn what_is_compressed_is_not_decoded_as_it_is_by_who_does_not_decompress() {
