@@ -298,7 +298,7 @@ fn many_frames_behind_a_large_one_take_little_longer_than_by_themselves() {
     let small = repeated([1]).repeat(10_000);
     let large = repeated([128 << 10; 32]);
     let timed = |frames: &[u8], length: usize| {
-        let begun = std::time::Instant::now();
+        let begun = tokio::time::Instant::now();
         let data = settings.expand(frames, settings.zstd_flag).unwrap();
         assert!(data.len() == length && data.iter().all(|&byte| byte == b'a'));
         begun.elapsed()

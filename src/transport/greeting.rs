@@ -31,8 +31,8 @@ pub(super) struct Greeting<'a> {
     pub(super) address: &'a Address,
     pub(super) protocol: Protocol,
     pub(super) credentials: Option<Credentials>,
-    /// Whether it is known to answer meta commands: then both questions are asked at once.
-    pub(super) is_known_meta: bool,
+    /// Whether it is known to be no proxy: then both questions are asked at once.
+    pub(super) is_known_direct: bool,
     /// Whether it is known, and still said by other connections, that it is a proxy.
     pub(super) is_known_proxy: bool,
     pub(super) within: Duration,
@@ -67,13 +67,15 @@ impl Greeting<'_> {
     async fn meet(&self) -> Result<Connected, Failure> {
         let classic = cfg!(feature = "classic") && self.protocol != Protocol::Meta;
         // Who wants a password answers only the last of several questions.
-        if classic && self.is_known_meta && self.credentials.is_none() {
+        if classic && self.is_known_direct && self.credentials.is_none() {
             let mut stream = self.dial().await?;
-            if let Some(version) = meta_version(&mut stream).await {
+            if let Some((version, end)) = ask_both(&mut stream).await
+                && let Some(dialect) = self.dialect(version, &end)
+            {
                 return Ok(Connected {
                     stream,
-                    version: Some(version),
-                    dialect: Dialect::Meta,
+                    version,
+                    dialect,
                 });
             }
         }
@@ -122,24 +124,35 @@ impl Greeting<'_> {
             } else {
                 // Whether meta commands reach a server cannot be told by its version: a proxy may
                 // pass that on.
-                match ask(&mut stream, b"mn\r\n").await {
-                    Said::Reply(Reply::BatchEnd) if modern && self.protocol == Protocol::Auto => {
-                        Dialect::Meta
-                    }
-                    Said::Reply(
-                        Reply::BatchEnd | Reply::Failure(protocol::Failure::UnknownCommand, _),
-                    ) => Dialect::Classic { proxy: false },
-                    Said::Reply(_) | Said::Nonsense(_) | Said::Ended(_) => {
-                        closed += 1;
-                        continue;
-                    }
-                }
+                let said = ask(&mut stream, b"mn\r\n").await;
+                let dialect = match &said {
+                    Said::Reply(reply) => self.dialect(known, reply),
+                    Said::Nonsense(_) | Said::Ended(_) => None,
+                };
+                let Some(dialect) = dialect else {
+                    closed += 1;
+                    continue;
+                };
+                dialect
             };
             return Ok(Connected {
                 stream,
                 version: known,
                 dialect,
             });
+        }
+    }
+
+    /// What a server of that version speaks that answers so to the end of an empty batch of meta
+    /// commands; `None` if no server does.
+    fn dialect(&self, version: Option<ServerVersion>, end: &Reply) -> Option<Dialect> {
+        let modern = version.is_some_and(ServerVersion::is_supported);
+        match end {
+            Reply::BatchEnd if modern && self.protocol == Protocol::Auto => Some(Dialect::Meta),
+            Reply::BatchEnd | Reply::Failure(protocol::Failure::UnknownCommand, _) => {
+                Some(Dialect::Classic { proxy: false })
+            }
+            _ => None,
         }
     }
 
@@ -233,8 +246,8 @@ impl Said {
     }
 }
 
-/// The version of a server that answers meta commands; `None` if it does not, or not any more.
-async fn meta_version(stream: &mut BoxStream) -> Option<ServerVersion> {
+/// Asks for the version and for the end of an empty batch in one write; `None` unless both are answered.
+async fn ask_both(stream: &mut BoxStream) -> Option<(Option<ServerVersion>, Reply)> {
     stream.write_all(b"version\r\nmn\r\n").await.ok()?;
     stream.flush().await.ok()?;
     let mut parser = Parser::new(0);
@@ -242,11 +255,8 @@ async fn meta_version(stream: &mut BoxStream) -> Option<ServerVersion> {
     let mut version = None;
     loop {
         match (parser.parse(&mut input).ok()?, version) {
-            (Some(Reply::Version(text)), None) => {
-                let known = ServerVersion::parse(&text);
-                version = Some(known.filter(|known| known.is_supported())?);
-            }
-            (Some(Reply::BatchEnd), Some(version)) if input.is_empty() => return Some(version),
+            (Some(Reply::Version(text)), None) => version = Some(ServerVersion::parse(&text)),
+            (Some(end), Some(version)) if input.is_empty() => return Some((version, end)),
             (Some(_), _) => return None,
             (None, _) => {
                 if stream.read_buf(&mut input).await.ok()? == 0 {

@@ -85,14 +85,17 @@ impl Site {
     /// Makes a connection that is known to lead to a server that answers, in the meta protocol or in
     /// the classic one.
     pub(super) async fn connect(&self, meta: bool) -> Result<Connected, (ConnectFailure, Error)> {
-        let proxy = self.spoken.get() == Some(Dialect::Classic { proxy: true });
+        let spoken = self.spoken.get();
+        let proxy = spoken == Some(Dialect::Classic { proxy: true });
         let settings = self.settings.load();
         let greeting = Greeting {
             connector: &*self.connector,
             address: &self.address,
             protocol: self.protocol,
-            is_known_meta: self.protocol == Protocol::Auto
-                && self.spoken.get() == Some(Dialect::Meta),
+            is_known_direct: matches!(
+                spoken,
+                Some(Dialect::Meta | Dialect::Classic { proxy: false })
+            ),
             is_known_proxy: proxy && self.up() > 0,
             credentials: settings.credentials.clone(),
             within: settings.connect_within(),

@@ -50,8 +50,16 @@ struct State {
     broken: Option<(Instant, Error)>,
     /// Connects that failed in a row.
     failures: u32,
-    /// When a request was sent that was not answered in time, the first one since anything was.
-    suspicion: Option<Instant>,
+    /// Something was not answered in time, and nothing has been since.
+    suspicion: Option<Suspicion>,
+}
+
+#[derive(Clone, Copy)]
+struct Suspicion {
+    /// When the first request was sent that was not answered in time.
+    since: Instant,
+    /// When a connection was first given up because it was silent.
+    silent: Option<Instant>,
 }
 
 /// Connections that are trusted to lead to the same server: once one of them has ended, or says nothing,
@@ -245,15 +253,15 @@ impl Shared {
             self.refuse(error);
             return;
         }
-        let suspicion = self.lock().suspicion;
+        let silent = self.lock().suspicion.and_then(|suspicion| suspicion.silent);
         // The judgement first, so that what is moved now does not come back here.
         self.site.report(&Event::ConnectFailed {
             failure,
             error,
             others_up: self.site.up(),
             untried: false,
-            // Nor has anything been answered since.
-            most_dead: failure.is_the_nodes() && suspicion.is_some_and(|since| began >= since),
+            // Made in place of one that was silent, and nothing has been answered since.
+            most_dead: failure.is_the_nodes() && silent.is_some_and(|silent| began >= silent),
         });
         self.back_off(error);
         self.none_comes(generation, error);
@@ -373,17 +381,24 @@ impl Shared {
 
     /// A request that was sent then has not been answered in time.
     pub(super) fn suspect(&self, sent_at: Instant) {
-        self.lock().suspicion.get_or_insert(sent_at);
+        self.lock().suspicion.get_or_insert(Suspicion {
+            since: sent_at,
+            silent: None,
+        });
     }
 
     /// A connection has not answered for as long as it may.
     pub(super) fn unresponsive(&self, lent: &Lent, error: &Error) {
-        let suspicion = self.lock().suspicion;
+        let suspicion = self.lock().suspicion.as_mut().map(|suspicion| {
+            suspicion.silent.get_or_insert_with(Instant::now);
+            *suspicion
+        });
         self.distrust(&lent.generation);
         self.site.report(&Event::Unresponsive {
             error,
             // One that was made in place of another that did not answer.
-            most_dead: suspicion.is_some_and(|since| lent.connection.established > since),
+            most_dead: suspicion
+                .is_some_and(|suspicion| lent.connection.established > suspicion.since),
         });
     }
 }

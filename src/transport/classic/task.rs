@@ -284,6 +284,14 @@ impl Drop for Doubt<'_> {
     }
 }
 
+/// Whether it was not sent for what it is, and not for what the connection is.
+fn is_refused_here(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ValueTooLarge | ErrorKind::Unsupported
+    )
+}
+
 /// When what is due of an exchange that is not answered.
 struct Times {
     /// Its caller is told.
@@ -293,6 +301,8 @@ struct Times {
     judged: bool,
     /// The connection is given up.
     ends_at: Instant,
+    /// It has been given more time once, because we were late.
+    extended: bool,
 }
 
 impl Job {
@@ -353,6 +363,9 @@ impl Job {
                             lent.connection.used_at = Instant::now();
                         }
                     }
+                    Sent::No if outcome.as_ref().is_err_and(is_refused_here) => {
+                        lent.connection.wire = Some(wire);
+                    }
                     sent => {
                         if let Err(error) = &outcome {
                             shared.lost(&lent, error);
@@ -402,6 +415,7 @@ impl Job {
             judge_at,
             judged: false,
             ends_at: after(sent_at, settings.stall_after()).max(judge_at),
+            extended: false,
         }
     }
 
@@ -455,7 +469,7 @@ impl Job {
                     shared.suspect(sent_at);
                 }
                 if times.ends_at <= now {
-                    if !late {
+                    if !late || std::mem::replace(&mut times.extended, true) {
                         return Poll::Ready(End::Silent);
                     }
                     // What we did not do in time says nothing about the server: it gets its time again.
