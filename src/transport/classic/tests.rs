@@ -17,7 +17,9 @@ use super::wire::Wire;
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
 use crate::request::{Direction, LeaseTerms, Operation, StoreMode};
-use crate::response::{CasOutcome, Found, LeaseState, Lookup, Response};
+#[cfg(feature = "testing")]
+use crate::response::CasOutcome;
+use crate::response::{Found, LeaseState, Lookup, Response};
 use crate::ttl::Ttl;
 use crate::value::{ABSENT_FLAGS, CasToken, Payload, Value};
 
