@@ -47,8 +47,7 @@ impl Slot {
 
 /// Why there is nothing to be had of a frame.
 #[derive(Debug, PartialEq, Eq)]
-// Which there are depends on the features.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "which there are depends on the features")]
 pub(crate) enum Failure {
     TooLarge,
     Corrupt(&'static str),
