@@ -13,9 +13,10 @@ use super::greeting::{Connected, Greeting, other_protocol};
 use super::linger::Lingering;
 use super::protocol::{Dialect, Protocol, Spoken};
 use super::{Address, BoxStream, ConnectFailure, Connector, Event, Observer, PipelinedSettings};
-use crate::error::{Error, ErrorKind};
-use crate::executor::Spawner;
+use crate::error::{Error, ErrorKind, Result, Sent};
+use crate::executor::{Spawner, after};
 use crate::key::Key;
+use crate::request::Request;
 #[cfg(feature = "classic")]
 use crate::value::CasToken;
 
@@ -204,6 +205,23 @@ impl Site {
 
     pub(super) fn shut_down(&self) -> Error {
         shut_down().at_node(&self.name)
+    }
+}
+
+/// When whoever asks stops waiting, whatever time the node may have: at its deadline, or at the end of an
+/// attempt that is to be shorter than the node's.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`], unsent, if that has passed.
+pub(super) fn own_end(request: &Request, now: Instant) -> Result<Option<Instant>> {
+    let attempt = request.attempt_timeout().map(|own| after(now, own));
+    let end = [request.deadline(), attempt].into_iter().flatten().min();
+    match end {
+        Some(end) if end <= now => {
+            let error = Error::new(ErrorKind::Timeout, "its deadline has passed");
+            Err(error.with_sent(Sent::No))
+        }
+        end => Ok(end),
     }
 }
 

@@ -41,11 +41,12 @@ pub use fuzz::fuzz_classic_reply;
 use pool::Shared;
 use task::{Job, Progress};
 
-use super::site::Site;
-use crate::error::{Error, ErrorKind, Result, Sent};
+use super::site::{Site, own_end};
+use crate::error::{Error, ErrorKind, Result};
 use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
 use crate::kill_switch::noted;
+use crate::protocol::check_value;
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 
@@ -218,12 +219,7 @@ fn start(handle: Arc<Handle>, request: &Request) -> Result<Started> {
     if request.purpose() == Purpose::Note {
         return Err(name(noted()));
     }
-    let length = operation.payload_len();
-    if length > settings.limits.value {
-        let limit = settings.limits.value;
-        let message = format!("a value of {length} bytes is over the limit of {limit}");
-        return Err(name(Error::new(ErrorKind::ValueTooLarge, message)));
-    }
+    check_value(operation, settings.limits.value).map_err(name)?;
     if let Some(error) = wire::unsupported(operation) {
         return Err(name(error));
     }
@@ -238,15 +234,9 @@ fn start(handle: Arc<Handle>, request: &Request) -> Result<Started> {
     }
     let now = Instant::now();
     let attempt_ends = after(now, settings.attempt_timeout);
-    // One that is shorter than the node's is the caller's own, like a deadline.
-    let own_ends = request.attempt_timeout().map(|own| after(now, own));
-    let own_ends = [request.deadline(), own_ends].into_iter().flatten().min();
-    if own_ends.is_some_and(|ends| ends <= now) {
-        let error = Error::new(ErrorKind::Timeout, "its deadline has passed");
-        return Err(name(error.with_sent(Sent::No)));
-    }
+    let own_ends = own_end(request, now).map_err(name)?;
     shared.refuses().map_or(Ok(()), Err)?;
-    let place = Place::take(shared, length).map_err(name)?;
+    let place = Place::take(shared, operation.payload_len()).map_err(name)?;
     let (answer, outcome) = oneshot::channel();
     let progress = Arc::new(Progress::default());
     let job = Job {

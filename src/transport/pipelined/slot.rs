@@ -12,14 +12,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{PipelinedSettings, connection};
-use crate::error::{Error, ErrorKind, Result, Sent};
+use crate::error::{Error, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::kill_switch::noted;
 use crate::protocol::{Pipeline, Ticket, check_value};
 use crate::request::{Operation, Purpose, Request};
 use crate::response::{CasOutcome, Response};
 use crate::transport::BoxStream;
-use crate::transport::site::{Site, shut_down};
+use crate::transport::site::{Site, own_end, shut_down};
 use crate::value::CasToken;
 
 /// The handles' side of one node: dropped with the last of them, which ends the tasks.
@@ -493,17 +493,7 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
     };
     let now = Instant::now();
     let attempt_ends = after(now, settings.attempt_timeout);
-    // One that is shorter than the node's is the caller's own, like a deadline.
-    let own_ends = request.attempt_timeout().map(|own| after(now, own));
-    let ends = match (request.deadline(), own_ends) {
-        (Some(deadline), Some(own)) => Some(deadline.min(own)),
-        (deadline, own) => deadline.or(own),
-    };
-    let (deadline, give_up_at) = match ends {
-        Some(ends) if ends <= now => {
-            let error = Error::new(ErrorKind::Timeout, "its deadline has passed");
-            return Err(name(error.with_sent(Sent::No)));
-        }
+    let (deadline, give_up_at) = match own_end(request, now).map_err(name)? {
         Some(ends) if ends <= attempt_ends => (ends, ends),
         // The connection's timer judges, and should speak first; it may be late.
         Some(ends) => (attempt_ends, ends.min(after(attempt_ends, LATE))),
