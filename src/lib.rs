@@ -88,6 +88,9 @@ mod executor;
 #[doc(hidden)]
 pub mod fuzzing;
 mod group;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod internals;
 mod key;
 mod kill_switch;
 mod node;

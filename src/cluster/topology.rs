@@ -116,8 +116,12 @@ impl Ring {
     /// nodes. It builds the whole ring each time.
     #[must_use]
     pub fn node_of(&self, nodes: &[NodeSpec], key: &Key) -> Option<usize> {
-        let ring: Vec<_> = nodes.iter().map(NodeSpec::ring_node).collect();
-        (!nodes.is_empty()).then(|| self.build(&ring).primary(key.as_bytes()))
+        (!nodes.is_empty()).then(|| self.place(nodes).primary(key.as_bytes()))
+    }
+
+    pub(crate) fn place(&self, nodes: &[NodeSpec]) -> Continuum {
+        let nodes: Vec<_> = nodes.iter().map(NodeSpec::ring_node).collect();
+        self.build(&nodes)
     }
 
     /// A number for what decides where keys go: this ring, and the names and weights of the nodes.
