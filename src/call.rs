@@ -28,7 +28,8 @@ pin_project! {
     {
         #[pin]
         step: Step<S>,
-        deadline: Instant,
+        // From the first poll on.
+        deadline: Option<Instant>,
         spawner: Option<&'a Spawner>,
         #[pin]
         timer: Option<Sleep>,
@@ -42,7 +43,7 @@ pin_project! {
     where
         S: Service<Request>,
     {
-        Waiting { service: S, request: Request },
+        Waiting { service: S, request: Request, timeout: Duration },
         Called { #[pin] future: S::Future },
         Done,
     }
@@ -55,13 +56,26 @@ impl<'a, S: Service<Request>> Call<'a, S> {
         timeout: Duration,
         spawner: Option<&'a Spawner>,
     ) -> Self {
-        let latest = after(Instant::now(), timeout);
-        let request = request.with_deadline(latest);
         Self {
-            deadline: request.deadline().unwrap_or(latest),
-            step: Step::Waiting { service, request },
+            deadline: None,
+            step: Step::Waiting {
+                service,
+                request,
+                timeout,
+            },
             spawner,
             timer: None,
+        }
+    }
+
+    /// What it is about to ask.
+    ///
+    /// # Panics
+    /// Once it has been asked.
+    pub(crate) fn request_mut(self: Pin<&mut Self>) -> &mut Request {
+        match self.project().step.project() {
+            StepProjection::Waiting { request, .. } => request,
+            StepProjection::Called { .. } | StepProjection::Done => panic!("asked already"),
         }
     }
 }
@@ -77,6 +91,20 @@ where
         // Whoever never has to wait, for a switch is thrown or a node is out, has to let others go on.
         let coop = ready!(poll_proceed(cx));
         let mut this = self.project();
+        let deadline = match (*this.deadline, this.step.as_mut().project()) {
+            (Some(deadline), _) => deadline,
+            (
+                None,
+                StepProjection::Waiting {
+                    request, timeout, ..
+                },
+            ) => {
+                let latest = after(Instant::now(), *timeout);
+                request.limit(latest);
+                *this.deadline.insert(request.deadline().unwrap_or(latest))
+            }
+            (None, _) => panic!("polled after completion"),
+        };
         // The service before the timer: at the deadline it may know more than that it has passed
         // (the node, whether it was sent, half of a multi-key read).
         let mut sent = Sent::Maybe;
@@ -94,6 +122,7 @@ where
                     let StepReplacement::Waiting {
                         mut service,
                         request,
+                        ..
                     } = this.step.as_mut().project_replace(Step::Done)
                     else {
                         unreachable!("matched above");
@@ -109,7 +138,7 @@ where
             Poll::Ready(outcome) => outcome.map_err(|error| Error::from_boxed(error.into())),
             Poll::Pending => {
                 if this.timer.is_none() {
-                    let timer = timer(*this.spawner, *this.deadline)?;
+                    let timer = timer(*this.spawner, deadline)?;
                     this.timer.set(Some(timer));
                 }
                 if let Some(timer) = this.timer.as_mut().as_pin_mut() {

@@ -171,7 +171,7 @@ impl Spawner {
     /// A timer in the caller's own runtime, so that a blocked I/O thread cannot make it late; in
     /// ours where the caller has none.
     pub(crate) fn sleep_until(&self, deadline: Instant) -> Result<Sleep> {
-        if Handle::try_current().is_ok() {
+        if is_in_runtime() {
             return Ok(sleep_until(deadline));
         }
         let _entered = self.handle()?.enter();
@@ -193,9 +193,14 @@ pub(crate) fn after(now: Instant, duration: Duration) -> Instant {
 pub(crate) fn timer(spawner: Option<&Spawner>, deadline: Instant) -> Result<Sleep> {
     match spawner {
         Some(spawner) => spawner.sleep_until(deadline),
-        None if Handle::try_current().is_ok() => Ok(sleep_until(deadline)),
+        None if is_in_runtime() => Ok(sleep_until(deadline)),
         None => Err(no_runtime()),
     }
+}
+
+/// Whether the caller's own runtime keeps time for it. Most callers are tasks, which is told faster.
+fn is_in_runtime() -> bool {
+    tokio::task::try_id().is_some() || Handle::try_current().is_ok()
 }
 
 /// Runs a future until `deadline`; `None` if that comes first.

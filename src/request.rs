@@ -375,9 +375,11 @@ pub(crate) enum Origin {
 }
 
 /// An [`Operation`] with its deadline: what every layer's service takes.
+///
+/// Cheap to clone and to move: clones share the operation until one of them changes it.
 #[derive(Clone, Debug)]
 pub struct Request {
-    operation: Operation,
+    operation: Arc<Operation>,
     deadline: Option<Instant>,
     origin: Origin,
     purpose: Purpose,
@@ -404,7 +406,7 @@ impl Request {
     #[must_use]
     pub fn new(operation: Operation) -> Self {
         Self {
-            operation,
+            operation: Arc::new(operation),
             deadline: None,
             origin: Origin::Home,
             purpose: Purpose::Answer,
@@ -417,8 +419,13 @@ impl Request {
     /// of two deadlines the earlier stays.
     #[must_use]
     pub fn with_deadline(mut self, deadline: Instant) -> Self {
-        self.deadline = Some(self.deadline.map_or(deadline, |known| known.min(deadline)));
+        self.limit(deadline);
         self
+    }
+
+    /// The same in place.
+    pub(crate) fn limit(&mut self, deadline: Instant) {
+        self.deadline = Some(self.deadline.map_or(deadline, |known| known.min(deadline)));
     }
 
     pub(crate) fn with_origin(mut self, origin: Origin) -> Self {
@@ -475,13 +482,18 @@ impl Request {
 
     /// What is asked, to be changed by a layer (a prefix before the key, another TTL).
     pub fn operation_mut(&mut self) -> &mut Operation {
-        &mut self.operation
+        Arc::make_mut(&mut self.operation)
     }
 
     /// What is asked, by value.
     #[must_use]
     pub fn into_operation(self) -> Operation {
-        self.operation
+        Arc::unwrap_or_clone(self.operation)
+    }
+
+    /// What is asked, to be kept beside the request.
+    pub(crate) fn share_operation(&self) -> Arc<Operation> {
+        self.operation.clone()
     }
 
     /// When it must have ended.

@@ -266,7 +266,7 @@ where
             key,
             with_cas: true,
         });
-        match self.driven(read.with_deadline(ends)).await {
+        match self.perform(read.with_deadline(ends)).await {
             Ok(Response::Value(Some(found))) if found == *token => Some(Claim::First),
             Ok(Response::Value(Some(_))) => Some(Claim::Seen),
             _ => None,

@@ -9,6 +9,7 @@ mod builder;
 mod claim;
 mod events;
 mod multi_get;
+mod operate;
 mod operations;
 mod reconfigure;
 mod shutdown;
@@ -18,7 +19,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
-use tokio::time::Instant;
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceExt as _};
 
@@ -26,15 +26,15 @@ pub use builder::ClientBuilder;
 pub use claim::{Claim, OnFailure};
 pub use multi_get::{MultiGet, Outcome};
 
+use self::operate::Operate;
 use self::reconfigure::{Declared, Reconfigure, Timeout};
-use crate::call::Call;
 use crate::cluster::{Cluster, Control, NodeSpec};
 #[cfg(feature = "serde")]
 use crate::compression::CompressionSettings;
 use crate::config::Config;
 use crate::discovery::{Discovery, DiscoveryStatus};
 use crate::error::{BoxError, Error, Invalid, Result};
-use crate::executor::{Spawner, after};
+use crate::executor::Spawner;
 use crate::group::{Group, GroupStatus};
 use crate::kill_switch::KillSwitch;
 use crate::node::NodeStatus;
@@ -460,46 +460,16 @@ where
     ///
     /// # Errors
     /// As the operation's; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) at the deadline.
-    pub async fn call(&self, mut request: Request) -> Result<Response> {
-        let _operating = self.shared.reads.tracker().operate()?;
-        if request.operation().changes() {
-            request = self.outdating(request).await;
-        }
-        self.driven(request).await
+    pub fn call(
+        &self,
+        request: Request,
+    ) -> impl Future<Output = Result<Response>> + use<'_, S> {
+        Operate::new(&self.shared, self.service.clone(), request, true)
     }
 
     /// The same as a part of an operation that is counted.
-    async fn perform(&self, request: Request) -> Result<Response> {
-        let request = self.outdating(request).await;
-        self.driven(request).await
-    }
-
-    /// What is being loaded for the key is old now. That, too, has to be done by the deadline.
-    async fn outdating(&self, request: Request) -> Request {
-        let (shared, now) = (&*self.shared, Instant::now());
-        let timeout = shared.timeout.get();
-        let request = request.with_deadline(after(now, timeout));
-        let half = after(now, timeout / 2);
-        let by = request.deadline().map_or(half, |ends| ends.min(half));
-        if let Some(key) = request.operation().key() {
-            shared.reads.forget(key, by).await;
-        }
-        request
-    }
-
-    async fn driven(&self, mut request: Request) -> Result<Response> {
-        let (shared, service) = (&*self.shared, self.service.clone());
-        let timeout = shared.timeout.get();
-        let compression = shared.reads.compression();
-        if let Some(compression) = compression.get() {
-            compression.write(&mut request)?;
-        }
-        let response = Call::new(service, request, timeout, shared.spawner.as_ref()).await?;
-        // As it is now: what others have written meanwhile may be compressed in another way than before.
-        match compression.get() {
-            Some(compression) => compression.read(response),
-            None => Ok(response),
-        }
+    fn perform(&self, request: Request) -> Operate<'_, S> {
+        Operate::new(&self.shared, self.service.clone(), request, false)
     }
 }
 

@@ -17,13 +17,20 @@ use crate::response::{CasOutcome, NodeResult, Response};
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
 
+fn value(response: Response) -> Result<Option<Value>> {
+    match response {
+        Response::Value(value) => Ok(value),
+        other => Err(misfit(&other)),
+    }
+}
+
 impl<S> Client<S>
 where
     S: Service<Request, Response = Response> + Clone,
     S::Error: Into<BoxError>,
 {
-    async fn ask(&self, operation: Operation) -> Result<Response> {
-        self.call(Request::new(operation)).await
+    fn ask(&self, operation: Operation) -> impl Future<Output = Result<Response>> + use<'_, S> {
+        self.call(Request::new(operation))
     }
 
     /// Reads a value; `None` is a miss.
@@ -32,7 +39,11 @@ where
     /// [`ErrorKind::InvalidKey`](crate::ErrorKind::InvalidKey) before anything is sent; otherwise
     /// see [`ErrorKind`](crate::ErrorKind). This holds for every operation.
     pub async fn get(&self, key: impl IntoKey) -> Result<Option<Value>> {
-        self.read(key, false).await
+        let operation = Operation::Get {
+            key: key.into_key()?,
+            with_cas: false,
+        };
+        self.ask(operation).await.and_then(value)
     }
 
     /// Reads a value with its CAS token ([`Value::cas`]).
@@ -40,15 +51,11 @@ where
     /// # Errors
     /// As for [`get`](Self::get).
     pub async fn gets(&self, key: impl IntoKey) -> Result<Option<Value>> {
-        self.read(key, true).await
-    }
-
-    async fn read(&self, key: impl IntoKey, with_cas: bool) -> Result<Option<Value>> {
-        let key = key.into_key()?;
-        match self.ask(Operation::Get { key, with_cas }).await? {
-            Response::Value(value) => Ok(value),
-            other => Err(misfit(&other)),
-        }
+        let operation = Operation::Get {
+            key: key.into_key()?,
+            with_cas: true,
+        };
+        self.ask(operation).await.and_then(value)
     }
 
     /// Reads many values, each node's in one batch. Every key has its own outcome: a node that is
@@ -86,10 +93,8 @@ where
     /// As for [`get`](Self::get).
     pub async fn get_and_touch(&self, key: impl IntoKey, ttl: Ttl) -> Result<Option<Value>> {
         let key = key.into_key()?;
-        match self.ask(Operation::GetAndTouch { key, ttl }).await? {
-            Response::Value(value) => Ok(value),
-            other => Err(misfit(&other)),
-        }
+        let operation = Operation::GetAndTouch { key, ttl };
+        self.ask(operation).await.and_then(value)
     }
 
     /// Writes a value, whatever is there.

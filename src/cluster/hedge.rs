@@ -50,7 +50,10 @@ impl<S: Service<Request> + Clone> Hedge<S> {
             request.operation(),
             Operation::Get { .. } | Operation::Lookup { lease: None, .. }
         );
-        if !shared.policy.load().settings.hedged_gets || !reads || node.shared().connections() < 2 {
+        if !reads
+            || node.shared().connections() < 2
+            || !shared.policy.load().settings.hedged_gets
+        {
             return None;
         }
         let wait = node.shared().p95()?.max(LEAST_WAIT);
@@ -81,7 +84,7 @@ where
                 return Poll::Ready(None);
             }
             node.count(Event::Hedge);
-            let attempt = NodeFuture::new(this.node, this.request.clone());
+            let attempt = NodeFuture::new(this.node.clone(), this.request.clone());
             this.attempt.set(Some(attempt));
         }
         match this.attempt.as_pin_mut() {

@@ -151,7 +151,7 @@ impl<S: Service<Request> + Clone> Many<S> {
         for group in groups {
             let request = self.part(&group.indexes).with_origin(group.origin);
             self.batches.push(Batch {
-                attempt: Box::pin(NodeFuture::new(&group.node, request)),
+                attempt: Box::pin(NodeFuture::new(group.node, request)),
                 indexes: group.indexes,
                 tries: tries.clone(),
             });
@@ -297,7 +297,10 @@ impl<S: Service<Request> + Clone> Every<S> {
                 topology.flush_former();
             }
             let nodes = topology.members().iter().map(|member| &member.node);
-            let attempt = |node| Some(Box::pin(NodeFuture::new(node, request.clone())));
+            let attempt = |node: &Node<S>| {
+                let attempt = NodeFuture::new(node.clone(), request.clone());
+                Some(Box::pin(attempt))
+            };
             attempts.extend(nodes.map(attempt));
         }
         Self {

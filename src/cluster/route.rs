@@ -63,29 +63,26 @@ where
             let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
             return Self::settled(Err(error));
         };
-        let (mut hedge, mut moved) = (None, false);
-        let first = shared.first(errand, |node, origin| {
-            moved = origin == Origin::Moved;
-            if !moved {
-                hedge = Hedge::new(shared, node, &request);
-            }
-            NodeFuture::new(node, shared.addressed(&request, origin))
-        });
-        let attempt = match first {
-            Placed::At(attempt) => attempt,
+        let (node, origin) = match shared.first(errand, at) {
+            Placed::At(place) => place,
             Placed::Settled(outcome) => return Self::settled(outcome),
         };
-        let single = Single {
-            shared: shared.clone(),
-            request,
-            tries: Tries::default(),
-            wait: None,
-            moved,
-            attempt,
-            hedge,
+        let hedge = match origin {
+            Origin::Home => Hedge::new(shared, &node, &request),
+            Origin::Moved => None,
         };
         Self {
-            path: Path::Single { single },
+            path: Path::Single {
+                single: Single {
+                    shared: shared.clone(),
+                    tries: Tries::default(),
+                    wait: None,
+                    moved: origin == Origin::Moved,
+                    attempt: NodeFuture::new(node, shared.addressed(&request, origin)),
+                    hedge,
+                    request,
+                },
+            },
         }
     }
 
@@ -134,6 +131,11 @@ impl<S: Service<Request>> fmt::Debug for ClusterFuture<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClusterFuture").finish_non_exhaustive()
     }
+}
+
+/// Where a request is placed.
+fn at<S: Clone>(node: &Node<S>, origin: Origin) -> (Node<S>, Origin) {
+    (node.clone(), origin)
 }
 
 impl<S> Shared<S> {
@@ -242,8 +244,7 @@ pin_project! {
         request: Request,
         tries: Tries,
         // Before the next attempt, which goes where the key belongs then.
-        #[pin]
-        wait: Option<Wait>,
+        wait: Option<Pin<Box<Wait>>>,
         // Whether that attempt is away from home.
         moved: bool,
         #[pin]
@@ -268,18 +269,18 @@ where
             return Poll::Ready(Err(error));
         };
         loop {
-            if let Some(wait) = this.wait.as_mut().as_pin_mut() {
-                let closed = ready!(wait.poll(cx));
-                this.wait.set(None);
+            if let Some(wait) = this.wait {
+                let closed = ready!(wait.as_mut().poll(cx));
+                *this.wait = None;
                 if closed {
                     return Poll::Ready(Err(shut_down().after_attempts(this.tries.sent)));
                 }
-                let again = |node: &Node<S>, origin| {
-                    *this.moved = origin == Origin::Moved;
-                    NodeFuture::new(node, shared.addressed(request, origin))
-                };
-                match shared.first(errand, again) {
-                    Placed::At(attempt) => this.attempt.set(attempt),
+                match shared.first(errand, at) {
+                    Placed::At((node, origin)) => {
+                        *this.moved = origin == Origin::Moved;
+                        let request = shared.addressed(request, origin);
+                        this.attempt.set(NodeFuture::new(node, request));
+                    }
                     Placed::Settled(outcome) => {
                         let sent = this.tries.sent;
                         return Poll::Ready(outcome.map_err(|error| error.after_attempts(sent)));
@@ -316,13 +317,10 @@ where
             }
             let next = match shared.after(errand.operation, &failed_at, &error, this.tries) {
                 After::GiveUp => None,
-                After::Move { paid } => shared.next(errand, this.tries, paid, |node, origin| {
-                    *this.moved = origin == Origin::Moved;
-                    NodeFuture::new(node, shared.addressed(request, origin))
-                }),
+                After::Move { paid } => shared.next(errand, this.tries, paid, at),
                 After::Wait(delay) => match shared.wait(delay, &failed_at, deadline) {
                     Ok(wait) => {
-                        this.wait.set(Some(wait));
+                        *this.wait = Some(Box::pin(wait));
                         continue;
                     }
                     Err(error) => {
@@ -331,7 +329,11 @@ where
                 },
             };
             match next {
-                Some(next) => this.attempt.set(next),
+                Some((node, origin)) => {
+                    *this.moved = origin == Origin::Moved;
+                    let request = shared.addressed(request, origin);
+                    this.attempt.set(NodeFuture::new(node, request));
+                }
                 None => return Poll::Ready(Err(error.after_attempts(this.tries.sent))),
             }
         }

@@ -14,6 +14,7 @@ mod zstd;
 
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwapOption;
 
@@ -27,7 +28,14 @@ use crate::value::{Payload, Value};
 
 /// The compression of a client or a group, if it has one; for all clones, while they run.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Slot(Arc<ArcSwapOption<CompressionSettings>>);
+pub(crate) struct Slot(Arc<Settings>);
+
+#[derive(Debug, Default)]
+struct Settings {
+    /// Asked first: mostly there are none.
+    are_there: AtomicBool,
+    settings: ArcSwapOption<CompressionSettings>,
+}
 
 impl Slot {
     pub(crate) fn new(settings: Option<&CompressionSettings>) -> Self {
@@ -37,11 +45,17 @@ impl Slot {
     }
 
     pub(crate) fn set(&self, settings: Option<&CompressionSettings>) {
-        self.0.store(settings.cloned().map(Arc::new));
+        self.0.settings.store(settings.cloned().map(Arc::new));
+        self.0
+            .are_there
+            .store(settings.is_some(), Ordering::Release);
     }
 
     pub(crate) fn get(&self) -> Option<Arc<CompressionSettings>> {
-        self.0.load_full()
+        match self.0.are_there.load(Ordering::Acquire) {
+            true => self.0.settings.load_full(),
+            false => None,
+        }
     }
 }
 

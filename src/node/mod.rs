@@ -52,7 +52,7 @@ pub(crate) use shared::Shared;
 use shared::{Makings, Watch, asker};
 
 use crate::error::{BoxError, Charge, Error, ErrorKind, Result, Sent};
-use crate::executor::{Executor, LATE, after};
+use crate::executor::{Executor, LATE, Spawner, after};
 use crate::key::Key;
 use crate::kill_switch::noted;
 use crate::request::{Operation, Purpose, Request};
@@ -149,8 +149,8 @@ impl EjectionCause {
 struct Asked {
     /// [`Operation::ordinal`].
     operation: usize,
-    /// The key, if an older value of it must not be read after this.
-    written: Option<Key>,
+    /// What it asks, if an older value of its key must not be read after this.
+    writes: Option<Arc<Operation>>,
     /// Whether it does the same whatever is there.
     blind: bool,
     flush: bool,
@@ -164,12 +164,19 @@ impl Asked {
         let operation = request.operation();
         Self {
             operation: operation.ordinal(),
-            written: operation.written().cloned(),
+            writes: operation
+                .written()
+                .map(|_| request.share_operation()),
             blind: operation.is_blind(),
             flush: matches!(operation, Operation::FlushAll),
             refills: request.purpose() == Purpose::Refill,
             hold: None,
         }
+    }
+
+    /// The key, if an older value of it must not be read after this.
+    fn written(&self) -> Option<&Key> {
+        self.writes.as_deref()?.written()
     }
 }
 
@@ -349,7 +356,7 @@ where
     }
 
     fn call(&mut self, request: Request) -> NodeFuture<S> {
-        NodeFuture::new(self, request)
+        NodeFuture::new(self.clone(), request)
     }
 }
 
@@ -366,11 +373,8 @@ pin_project! {
         asked: Asked,
         // Since when it holds a place among the requests in flight.
         entered: Option<Instant>,
-        deadline: Option<Instant>,
-        // Of whose request it is, where that is shorter than the node's.
-        attempt_timeout: Option<Duration>,
-        #[pin]
-        timer: Option<Sleep>,
+        // Only where the service below has no timer of its own.
+        timer: Option<Pin<Box<Timer>>>,
     }
 
     impl<S> PinnedDrop for NodeFuture<S>
@@ -400,15 +404,51 @@ pin_project! {
     }
 }
 
-impl<S: Service<Request> + Clone> NodeFuture<S> {
-    pub(crate) fn new(node: &Node<S>, request: Request) -> Self {
+pin_project! {
+    /// When an attempt ends.
+    struct Timer {
+        due: Instant,
+        // Whether it had all of its time by then.
+        full: bool,
+        // Once there is something to wait for.
+        #[pin]
+        sleep: Option<Sleep>,
+    }
+}
+
+impl Timer {
+    fn new(request: &Request, started: Instant, attempt_timeout: Duration) -> Pin<Box<Self>> {
+        let attempt_ends = after(started, attempt_timeout);
+        let own = request.attempt_timeout();
+        let own = own.map(|own| after(started, own));
+        let ends = [Some(attempt_ends), request.deadline(), own];
+        let due = ends.into_iter().flatten().min().unwrap_or(attempt_ends);
+        Box::pin(Self {
+            due,
+            full: due == attempt_ends,
+            sleep: None,
+        })
+    }
+
+    fn poll(self: Pin<&mut Self>, spawner: &Spawner, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        let mut this = self.project();
+        if this.sleep.is_none() {
+            this.sleep.set(Some(spawner.sleep_until(*this.due)?));
+        }
+        match this.sleep.as_mut().as_pin_mut() {
+            Some(sleep) => sleep.poll(cx).map(Ok),
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl<S: Service<Request>> NodeFuture<S> {
+    pub(crate) fn new(node: Node<S>, request: Request) -> Self {
         Self {
-            shared: node.shared.clone(),
-            deadline: request.deadline(),
-            attempt_timeout: request.attempt_timeout(),
+            shared: node.shared,
             asked: Asked::new(&request),
             step: Step::Waiting {
-                service: node.service.clone(),
+                service: node.service,
                 request,
             },
             entered: None,
@@ -440,7 +480,7 @@ where
                 StepProjection::Waiting { service, request } => {
                     if this.entered.is_none() {
                         if request.purpose() == Purpose::Note {
-                            if let Some(key) = &this.asked.written {
+                            if let Some(key) = this.asked.written() {
                                 shared.outdate(key, Reason::Outdated);
                                 shared.ensure_kept();
                             }
@@ -453,7 +493,12 @@ where
                             shared.refused(this.asked, &error);
                             return Poll::Ready(Err(error));
                         }
-                        *this.entered = Some(Instant::now());
+                        let now = Instant::now();
+                        *this.entered = Some(now);
+                        if shared.times_attempts {
+                            let timeout = shared.settings.load().attempt_timeout;
+                            *this.timer = Some(Timer::new(request, now, timeout));
+                        }
                     }
                     match service.poll_ready(cx) {
                         Poll::Ready(Ok(())) => {}
@@ -489,22 +534,15 @@ where
         };
         let outcome = match polled {
             Poll::Ready(outcome) => outcome.map_err(|error| error.at_node(&shared.name)),
-            Poll::Pending if !shared.times_attempts => return Poll::Pending,
             Poll::Pending => {
-                let attempt_ends = after(started, shared.settings.load().attempt_timeout);
-                let own = this.attempt_timeout.map(|own| after(started, own));
-                let ends = [Some(attempt_ends), *this.deadline, own];
-                let due = ends.into_iter().flatten().min().unwrap_or(attempt_ends);
-                if this.timer.is_none() {
-                    this.timer.set(Some(shared.spawner.sleep_until(due)?));
-                }
-                if let Some(timer) = this.timer.as_mut().as_pin_mut() {
-                    ready!(timer.poll(cx));
-                }
+                let Some(timer) = this.timer else {
+                    return Poll::Pending;
+                };
+                ready!(timer.as_mut().poll(&shared.spawner, cx))?;
                 let error = if waited {
                     Error::new(ErrorKind::Timeout, "a node layer was not ready in time")
                 } else {
-                    overdue(due, due == attempt_ends)
+                    overdue(timer.due, timer.full)
                 };
                 Err(error.at_node(&shared.name))
             }

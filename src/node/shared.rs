@@ -592,8 +592,8 @@ impl Shared {
             let error = Error::new(ErrorKind::Overloaded, "its in-flight limit is reached");
             return Err(error.at_node(&self.name));
         }
-        if let Some(key) = &asked.written
-            && asked.blind
+        if asked.blind
+            && let Some(key) = asked.written()
         {
             asked.hold = self.journal.hold(key);
         }
@@ -648,7 +648,9 @@ impl Shared {
 
     /// What a request leaves to be made up for later.
     fn remember(self: &Arc<Self>, asked: &mut Asked, outcome: Option<&Result<Response>>) {
-        if let (Some(key), Some(hold)) = (&asked.written, asked.hold.take()) {
+        if let Some(hold) = asked.hold.take()
+            && let Some(key) = asked.written()
+        {
             let acknowledged = matches!(outcome, Some(Ok(_)));
             if self.journal.release(key, hold, acknowledged) {
                 self.wake.notify_one();
@@ -660,7 +662,7 @@ impl Shared {
             // Our own transport tells what comes of it.
             None if self.transport.is_some() => return,
             None => {
-                if let Some(key) = &asked.written {
+                if let Some(key) = asked.written() {
                     self.outdate(key, Reason::InDoubt);
                 }
                 return;
@@ -670,7 +672,7 @@ impl Shared {
         if asked.flush && out {
             self.book.want_flush();
         }
-        let Some(key) = &asked.written else { return };
+        let Some(key) = asked.written() else { return };
         if error.sent() == Sent::Maybe {
             self.outdate(key, Reason::InDoubt);
         } else if out && !asked.refills {

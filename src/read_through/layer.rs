@@ -242,7 +242,9 @@ impl<S: Cache, L: Loader> Service<Request> for ReadThrough<S, L> {
                     {
                         let by = after(Instant::now(), layer.timeout);
                         let by = deadline.map_or(by, |deadline| deadline.min(by));
-                        engine.forget(key, by).await;
+                        if let Some(forgetting) = engine.forget(key, by) {
+                            forgetting.await;
+                        }
                     }
                     request.ask(inner).await
                 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 pub use report::{ShutdownReport, UnflushedJournal};
-pub(crate) use tracker::{Counted, Tracker, Work};
+pub(crate) use tracker::{Counted, Operating, Tracker, Work};
 
 use crate::error::{Error, ErrorKind};
 use crate::executor::{Spawner, after, until};

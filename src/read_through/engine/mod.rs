@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
-use futures::future::{join, join_all};
+use futures::future::{BoxFuture, join, join_all};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tower::Service;
@@ -378,11 +378,12 @@ impl Engine {
 
     /// The key is about to be changed: who asks for it from now on does not get what is being loaded,
     /// and none of that is written any more when this ends, or `by` has come.
-    pub(crate) async fn forget(&self, key: &Key, by: Instant) {
-        if let Some(flight) = self.flights.outdate(key) {
+    pub(crate) fn forget(&self, key: &Key, by: Instant) -> Option<BoxFuture<'_, ()>> {
+        let flight = self.flights.outdate(key)?;
+        Some(Box::pin(async move {
             // Without a runtime there is no time to be kept, and nothing is put back behind anybody.
             let _ = until(self.means.spawner.as_ref(), by, flight.refilled()).await;
-        }
+        }))
     }
 
     /// Reads a key, or sees to it that it is loaded.
