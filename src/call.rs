@@ -1,5 +1,6 @@
 //! One operation, from its deadline's stamp to its end.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -15,12 +16,30 @@ use crate::executor::{Spawner, after, timer};
 use crate::request::Request;
 use crate::response::Response;
 
+thread_local! {
+    /// When whatever is being polled on this thread will be woken at the latest.
+    static WOKEN_BY: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// For a future that is about to say that it is pending: it has seen to it that the waker that it was
+/// polled with is woken by then, in the caller's runtime.
+pub(crate) fn promise_wake(by: Instant) {
+    let before = WOKEN_BY.get();
+    WOKEN_BY.set(Some(before.map_or(by, |before| before.min(by))));
+}
+
+/// What was promised does not hold any more, for whoever did is not polled again.
+pub(crate) fn forget_wake() {
+    WOKEN_BY.set(None);
+}
+
 pin_project! {
     /// Drives a service under a deadline that covers waiting for its readiness too.
     ///
     /// The timer is the caller's own, in the caller's runtime, so that no layer and no blocked I/O
-    /// thread can hold the caller past its deadline. It is made only when the first poll has to
-    /// wait.
+    /// thread can hold the caller past its deadline. It is made only when a poll has to wait, and
+    /// not even then if no layer of the user's is below and the transport has
+    /// [promised](promise_wake) to wake the caller in time.
     #[must_use = "futures do nothing unless polled"]
     pub(crate) struct Call<'a, S>
     where
@@ -30,6 +49,8 @@ pin_project! {
         step: Step<S>,
         // From the first poll on.
         deadline: Option<Instant>,
+        // Whether a promise of what is below can be trusted.
+        alarmed: bool,
         spawner: Option<&'a Spawner>,
         #[pin]
         timer: Option<Sleep>,
@@ -58,6 +79,7 @@ impl<'a, S: Service<Request>> Call<'a, S> {
     ) -> Self {
         Self {
             deadline: None,
+            alarmed: request.is_alarmed(),
             step: Step::Waiting {
                 service,
                 request,
@@ -130,13 +152,20 @@ where
                     let future = service.call(request);
                     this.step.set(Step::Called { future });
                 }
-                StepProjection::Called { future } => break future.poll(cx),
+                StepProjection::Called { future } => {
+                    forget_wake();
+                    break future.poll(cx);
+                }
                 StepProjection::Done => panic!("polled after completion"),
             }
         };
         let outcome = match polled {
             Poll::Ready(outcome) => outcome.map_err(|error| Error::from_boxed(error.into())),
             Poll::Pending => {
+                let woken_by = WOKEN_BY.get().filter(|_| *this.alarmed);
+                if this.timer.is_none() && woken_by.is_some_and(|by| by <= deadline) {
+                    return Poll::Pending;
+                }
                 if this.timer.is_none() {
                     let timer = timer(*this.spawner, deadline)?;
                     this.timer.set(Some(timer));

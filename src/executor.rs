@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::future::{Either, select};
 
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use dedicated::{Dedicated, Tenancy};
@@ -166,6 +166,14 @@ impl Spawner {
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> Result<()> {
         drop(self.handle()?.spawn(task));
         Ok(())
+    }
+
+    /// In which runtime a timer of [`sleep_until`](Self::sleep_until) is; `None` if there is none.
+    pub(crate) fn runtime_of_caller(&self) -> Option<Id> {
+        match Handle::try_current() {
+            Ok(own) => Some(own.id()),
+            Err(_) => self.handle().ok().map(Handle::id),
+        }
     }
 
     /// A timer in the caller's own runtime, so that a blocked I/O thread cannot make it late; in

@@ -384,6 +384,7 @@ pub struct Request {
     origin: Origin,
     purpose: Purpose,
     route: u32,
+    alarmed: bool,
     attempt_timeout: Option<Duration>,
 }
 
@@ -411,6 +412,7 @@ impl Request {
             origin: Origin::Home,
             purpose: Purpose::Answer,
             route: 0,
+            alarmed: false,
             attempt_timeout: None,
         }
     }
@@ -451,6 +453,17 @@ impl Request {
 
     pub(crate) fn attempt_timeout(&self) -> Option<Duration> {
         self.attempt_timeout
+    }
+
+    /// Has whoever waits for its answer be woken at the deadline by the transport, in the caller's
+    /// runtime, and tell so with [`promise_wake`](crate::call::promise_wake).
+    pub(crate) fn with_alarm(mut self, alarmed: bool) -> Self {
+        self.alarmed = alarmed;
+        self
+    }
+
+    pub(crate) fn is_alarmed(&self) -> bool {
+        self.alarmed
     }
 
     /// Says which functional group's failure mode, retry budget and nodes are its.

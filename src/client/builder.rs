@@ -46,6 +46,8 @@ pub struct ClientBuilder<L = Identity, N = Identity> {
     node_layer: N,
     /// A user's node layer may wait without end, so attempts are timed around it.
     times_attempts: bool,
+    /// There are layers around the whole client.
+    is_layered: bool,
 }
 
 impl ClientBuilder {
@@ -60,6 +62,7 @@ impl ClientBuilder {
             layer: Identity::new(),
             node_layer: Identity::new(),
             times_attempts: false,
+            is_layered: false,
         }
     }
 }
@@ -395,6 +398,7 @@ impl<L, N> ClientBuilder<L, N> {
             layer: outer,
             node_layer,
             times_attempts,
+            is_layered: _,
         } = self;
         ClientBuilder {
             config,
@@ -406,6 +410,7 @@ impl<L, N> ClientBuilder<L, N> {
             layer: Stack::new(layer, outer),
             node_layer,
             times_attempts,
+            is_layered: true,
         }
     }
 
@@ -423,6 +428,7 @@ impl<L, N> ClientBuilder<L, N> {
             layer: whole,
             node_layer: outer,
             times_attempts: _,
+            is_layered,
         } = self;
         ClientBuilder {
             config,
@@ -434,6 +440,7 @@ impl<L, N> ClientBuilder<L, N> {
             layer: whole,
             node_layer: Stack::new(layer, outer),
             times_attempts: true,
+            is_layered,
         }
     }
 
@@ -538,6 +545,7 @@ impl<L, N> ClientBuilder<L, N> {
         let shared = Shared {
             connector: Some(connector),
             timeout: timeout.clone(),
+            is_bare: !self.is_layered && !times_attempts,
             spawner: Some(spawner),
             cluster: Some(whole),
             reads: reads.clone(),

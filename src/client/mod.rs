@@ -84,6 +84,8 @@ pub struct Client<S = DefaultService> {
 
 pub(crate) struct Shared {
     timeout: Arc<Timeout>,
+    /// There are no layers of the user's, nor a service.
+    is_bare: bool,
     spawner: Option<Spawner>,
     cluster: Option<Arc<dyn Control>>,
     reads: Arc<Engine>,
@@ -161,6 +163,7 @@ impl<S> Client<S> {
             // The same key may mean something else behind the layer.
             reads: self.shared.reads.again(),
             groups: self.shared.groups.iter().map(Declared::again).collect(),
+            is_bare: false,
             ..self.shared.again()
         };
         let tracker = self.shared.reads.tracker();
@@ -424,6 +427,7 @@ impl Shared {
     fn again(&self) -> Self {
         Self {
             timeout: self.timeout.clone(),
+            is_bare: self.is_bare,
             spawner: self.spawner.clone(),
             cluster: self.cluster.clone(),
             reads: self.reads.clone(),
@@ -439,6 +443,7 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             timeout: Arc::new(Timeout::new(Duration::from_millis(100))),
+            is_bare: false,
             spawner: None,
             cluster: None,
             reads: Engine::new(ReadThroughSettings::default(), Means::default()),
@@ -460,10 +465,7 @@ where
     ///
     /// # Errors
     /// As the operation's; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) at the deadline.
-    pub fn call(
-        &self,
-        request: Request,
-    ) -> impl Future<Output = Result<Response>> + use<'_, S> {
+    pub fn call(&self, request: Request) -> impl Future<Output = Result<Response>> + use<'_, S> {
         Operate::new(&self.shared, self.service.clone(), request, true)
     }
 

@@ -56,7 +56,7 @@ impl<'a, S: Service<Request>> Operate<'a, S> {
             step: Step::New { counts },
             call: Call::new(
                 service,
-                request,
+                request.with_alarm(shared.is_bare),
                 shared.timeout.get(),
                 shared.spawner.as_ref(),
             ),

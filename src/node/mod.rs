@@ -164,9 +164,7 @@ impl Asked {
         let operation = request.operation();
         Self {
             operation: operation.ordinal(),
-            writes: operation
-                .written()
-                .map(|_| request.share_operation()),
+            writes: operation.written().map(|_| request.share_operation()),
             blind: operation.is_blind(),
             flush: matches!(operation, Operation::FlushAll),
             refills: request.purpose() == Purpose::Refill,

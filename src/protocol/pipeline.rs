@@ -440,6 +440,15 @@ impl<W> Pipeline<W> {
         }
     }
 
+    /// Takes the waiters that are `wanted`. Whoever is woken is to [poll](Self::poll) again.
+    pub(crate) fn take_waiters(&mut self, mut wanted: impl FnMut(&W) -> bool) -> Vec<W> {
+        let waiting = self.claims.iter_mut().filter_map(|(_, claim)| match claim {
+            Claim::Waiting { waiter, .. } => waiter.take_if(|waiter| wanted(waiter)),
+            Claim::Settled(_) => None,
+        });
+        waiting.collect()
+    }
+
     /// The caller is gone. A queued request will not be written; one in flight keeps its place.
     /// Hands out its waiter, whose drop may run anything, and the key of a write in flight.
     pub(crate) fn abandon(&mut self, ticket: Ticket) -> (Option<W>, Option<Key>) {

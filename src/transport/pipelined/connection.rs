@@ -5,13 +5,14 @@ use std::future::{Future, poll_fn};
 use std::io::IoSlice;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::alarm::Waiter;
 use super::slot::{Node, Phase, Slot};
 use crate::error::{Charge, Error, ErrorKind};
 use crate::executor::{LATE, after};
@@ -229,7 +230,7 @@ async fn connect_while_queueing(
             state.park(cx.waker());
             let next = state.pipeline.earliest_deadline();
             drop(state);
-            woken.drain(..).for_each(Waker::wake);
+            woken.drain(..).for_each(Waiter::wake);
             if timer.poll(next, cx).is_pending() {
                 return Poll::Pending;
             }
@@ -328,7 +329,7 @@ struct Connection {
     timeouts_to_close: u32,
     /// Kept for their memory.
     replies: Vec<Reply>,
-    woken: Vec<Waker>,
+    woken: Vec<Waiter>,
 }
 
 impl Connection {
@@ -493,7 +494,7 @@ impl Connection {
                     sent_at,
                 });
             }
-            self.woken.drain(..).for_each(Waker::wake);
+            self.woken.drain(..).for_each(Waiter::wake);
         }
         parsed
     }
@@ -519,7 +520,7 @@ impl Connection {
                 let (batch, woken) = (&mut self.batch, &mut self.woken);
                 state.pipeline.take(batch, now, attempt, newest, woken);
                 drop(state);
-                self.woken.drain(..).for_each(Waker::wake);
+                self.woken.drain(..).for_each(Waiter::wake);
                 continue;
             }
             let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
@@ -573,7 +574,7 @@ impl Connection {
             state.pipeline.note_slow(now, slow_after, late);
         }
         drop(state);
-        self.woken.drain(..).for_each(Waker::wake);
+        self.woken.drain(..).for_each(Waiter::wake);
         if late {
             // What we did not do in time says nothing about the server: it gets its time again.
             self.heard_at = now;

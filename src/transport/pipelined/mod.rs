@@ -11,6 +11,7 @@
 //! that has received no byte for the stall timeout while something is unanswered, is closed; what
 //! was on it ends there and then.
 
+mod alarm;
 mod connection;
 mod slot;
 

@@ -9,9 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::runtime::Id;
 use tokio::time::Instant;
 
+use super::alarm::{Alarms, Unset, Waiter};
 use super::{PipelinedSettings, connection};
+use crate::call::{forget_wake, promise_wake};
 use crate::error::{Error, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::kill_switch::noted;
@@ -42,7 +45,8 @@ pub(super) struct Node {
 pub(super) struct Slot(Mutex<State>);
 
 pub(super) struct State {
-    pub(super) pipeline: Pipeline<Waker>,
+    pub(super) pipeline: Pipeline<Waiter>,
+    pub(super) alarms: Alarms,
     pub(super) phase: Phase,
     /// Wakes the task, when it is parked: it has seen an empty queue and waits.
     task: Option<Waker>,
@@ -192,7 +196,7 @@ impl Node {
         drop(state);
         self.site.left_in_doubt(&keys, given_up);
         // Whoever is told of the end of a write finds its doubt noted.
-        woken.into_iter().for_each(Waker::wake);
+        woken.into_iter().for_each(Waiter::wake);
     }
 }
 
@@ -202,6 +206,7 @@ impl Pool {
         let slot = |_| {
             Slot(Mutex::new(State {
                 pipeline: Pipeline::new(settings.limits, site.number),
+                alarms: Alarms::default(),
                 phase: Phase::Unstarted,
                 task: None,
                 parked: false,
@@ -255,7 +260,8 @@ impl Pool {
             };
             state.pipeline.fail_queued(error, &mut woken);
             drop(state);
-            woken.into_iter().chain(task).for_each(Waker::wake);
+            woken.into_iter().for_each(Waiter::wake);
+            task.into_iter().for_each(Waker::wake);
         }
     }
 
@@ -268,7 +274,7 @@ impl Pool {
             let keys = state.pipeline.abandoned();
             drop(state);
             self.node.site.in_doubt(&keys);
-            woken.into_iter().for_each(Waker::wake);
+            woken.into_iter().for_each(Waiter::wake);
         }
     }
 
@@ -293,7 +299,7 @@ impl Pool {
             // Parked or not: it may be waiting for a socket that never moves again.
             let task = state.task.take();
             drop(state);
-            woken.into_iter().for_each(Waker::wake);
+            woken.into_iter().for_each(Waiter::wake);
             if let Some(task) = task {
                 task.wake();
             }
@@ -359,15 +365,17 @@ impl Pool {
         index: usize,
         operation: &Operation,
         (deadline, judge_at): (Instant, Instant),
-        waker: Waker,
-    ) -> Result<Ticket> {
+        waiter: Waiter,
+        alarm: Option<(Id, Instant)>,
+    ) -> Result<(Ticket, Option<Unset>)> {
         let mut state = self.node.slots[index].lock();
         let next = state.prepare()?;
         let pipeline = &mut state.pipeline;
         let ticket = pipeline.enqueue(operation, deadline, judge_at, None);
         if let Ok(ticket) = &ticket {
-            pipeline.poll(ticket, |waiter| *waiter = Some(waker));
+            pipeline.poll(ticket, |place| *place = Some(waiter));
         }
+        let unset = alarm.and_then(|(runtime, at)| state.alarms.cover(runtime, at));
         drop(state);
         match next {
             Next::Nothing => {}
@@ -380,7 +388,7 @@ impl Pool {
                 }
             }
         }
-        ticket
+        Ok((ticket?, unset))
     }
 }
 
@@ -423,6 +431,8 @@ struct Waiting {
     ticket: Option<Ticket>,
     /// When the caller stops waiting if the connection's own timer has not spoken by then.
     give_up_at: Instant,
+    /// Whether it is to be woken then by an [alarm](super::alarm).
+    alarmed: bool,
 }
 
 impl PipelinedFuture {
@@ -499,20 +509,30 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         Some(ends) => (attempt_ends, ends.min(after(attempt_ends, LATE))),
         None => (attempt_ends, after(attempt_ends, LATE)),
     };
-    let ticket = pool
+    let runtime = request
+        .is_alarmed()
+        .then(|| pool.spawner.runtime_of_caller())
+        .flatten();
+    let (ticket, unset) = pool
         .enqueue(
             slot,
             operation,
             (deadline, attempt_ends),
-            cx.waker().clone(),
+            Waiter::new(cx.waker(), runtime),
+            runtime.map(|runtime| (runtime, give_up_at)),
         )
         .map_err(name)?;
-    Ok(Started::Waiting(Waiting {
+    let waiting = Waiting {
         pool,
         slot,
         ticket: Some(ticket),
         give_up_at,
-    }))
+        alarmed: request.is_alarmed(),
+    };
+    if runtime.is_some() {
+        waiting.is_covered(unset);
+    }
+    Ok(Started::Waiting(waiting))
 }
 
 impl Waiting {
@@ -520,24 +540,29 @@ impl Waiting {
         let Some(ticket) = self.ticket.take() else {
             panic!("polled after completion");
         };
+        forget_wake();
         let node = &self.pool.node;
         let slot = node.slot(self.slot);
         let mut known = true;
         let mut state = slot.lock();
         let mut outcome = state.pipeline.poll(&ticket, |waiter| {
-            known = waiter
-                .as_ref()
-                .is_some_and(|waker| waker.will_wake(cx.waker()));
+            let waiter = waiter.as_ref();
+            known = waiter.is_some_and(|waiter| waiter.will_wake(cx.waker()));
         });
         // A waker's drop may run anything, this future's siblings included: not under the lock.
         let (mut replaced, mut given_up) = (None, None);
-        if !known && outcome.is_none() {
+        let mut runtime = None;
+        if (!known || self.alarmed) && outcome.is_none() {
             drop(state);
-            let waker = cx.waker().clone();
+            runtime = match self.alarmed {
+                true => self.pool.spawner.runtime_of_caller(),
+                false => None,
+            };
+            let own = Waiter::new(cx.waker(), runtime);
             state = slot.lock();
             outcome = state
                 .pipeline
-                .poll(&ticket, |waiter| replaced = waiter.replace(waker));
+                .poll(&ticket, |waiter| replaced = waiter.replace(own));
         }
         let outcome = match outcome {
             Some(outcome) => outcome,
@@ -548,7 +573,13 @@ impl Waiting {
             }
             None => {
                 self.ticket = Some(ticket);
+                let alarms = &mut state.alarms;
+                let unset = runtime.map(|runtime| alarms.cover(runtime, self.give_up_at));
                 drop(state);
+                drop(replaced);
+                if let Some(unset) = unset {
+                    self.is_covered(unset);
+                }
                 return Poll::Pending;
             }
         };
@@ -556,11 +587,23 @@ impl Waiting {
         drop((replaced, given_up));
         Poll::Ready(outcome.map_err(|error| error.at_node(&node.site.name)))
     }
+
+    /// An alarm is set, or is to be set, for whoever polls.
+    fn is_covered(&self, unset: Option<Unset>) {
+        let pool = &self.pool;
+        let started = unset.map_or(Ok(()), |unset| {
+            unset.start(&pool.spawner, &pool.node, self.slot)
+        });
+        if started.is_ok() {
+            promise_wake(self.give_up_at);
+        }
+    }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
+            forget_wake();
             let node = &self.pool.node;
             let mut state = node.slot(self.slot).lock();
             let (waker, unanswered) = state.pipeline.abandon(ticket);
