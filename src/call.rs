@@ -52,8 +52,8 @@ pin_project! {
         // Whether a promise of what is below can be trusted.
         alarmed: bool,
         spawner: Option<&'a Spawner>,
-        #[pin]
-        timer: Option<Sleep>,
+        // Boxed, for few need one.
+        timer: Option<Pin<Box<Sleep>>>,
     }
 }
 
@@ -121,8 +121,12 @@ where
                     request, timeout, ..
                 },
             ) => {
-                let latest = after(Instant::now(), *timeout);
+                let now = Instant::now();
+                let latest = after(now, *timeout);
                 request.limit(latest);
+                if *this.alarmed {
+                    request.begin(now);
+                }
                 *this.deadline.insert(request.deadline().unwrap_or(latest))
             }
             (None, _) => panic!("polled after completion"),
@@ -168,10 +172,10 @@ where
                 }
                 if this.timer.is_none() {
                     let timer = timer(*this.spawner, deadline)?;
-                    this.timer.set(Some(timer));
+                    *this.timer = Some(Box::pin(timer));
                 }
-                if let Some(timer) = this.timer.as_mut().as_pin_mut() {
-                    ready!(timer.poll(cx));
+                if let Some(timer) = this.timer {
+                    ready!(timer.as_mut().poll(cx));
                 }
                 let message = "the operation's deadline has passed";
                 Err(Error::new(ErrorKind::Timeout, message).with_sent(sent))

@@ -386,6 +386,7 @@ pub struct Request {
     route: u32,
     alarmed: bool,
     attempt_timeout: Option<Duration>,
+    begun: Option<Instant>,
 }
 
 /// What a request is made for, besides what it asks.
@@ -414,6 +415,7 @@ impl Request {
             route: 0,
             alarmed: false,
             attempt_timeout: None,
+            begun: None,
         }
     }
 
@@ -464,6 +466,21 @@ impl Request {
 
     pub(crate) fn is_alarmed(&self) -> bool {
         self.alarmed
+    }
+
+    /// What time it is, for those below that it is given to before it is any later.
+    pub(crate) fn begin(&mut self, now: Instant) {
+        self.begun = Some(now);
+    }
+
+    /// It is later now.
+    pub(crate) fn end(&mut self) {
+        self.begun = None;
+    }
+
+    /// What time it is. It is told once.
+    pub(crate) fn now(&mut self) -> Instant {
+        self.begun.take().unwrap_or_else(Instant::now)
     }
 
     /// Says which functional group's failure mode, retry budget and nodes are its.

@@ -17,6 +17,22 @@ use crate::response::{CasOutcome, NodeResult, Response};
 use crate::ttl::Ttl;
 use crate::value::{CasToken, Payload, Value};
 
+fn store(mode: StoreMode, key: impl IntoKey, payload: Payload, ttl: Ttl) -> Result<Operation> {
+    Ok(Operation::Store {
+        mode,
+        key: key.into_key()?,
+        payload,
+        ttl,
+    })
+}
+
+fn stored(response: Response) -> Result<bool> {
+    match response {
+        Response::Stored(stored) => Ok(stored),
+        other => Err(misfit(&other)),
+    }
+}
+
 fn value(response: Response) -> Result<Option<Value>> {
     match response {
         Response::Value(value) => Ok(value),
@@ -105,8 +121,8 @@ where
     /// is over the client's limit. If it is over the server's, the server has deleted the old
     /// value.
     pub async fn set(&self, key: impl IntoKey, value: impl Into<Payload>, ttl: Ttl) -> Result<()> {
-        self.store(StoreMode::Set, key, value.into(), ttl).await?;
-        Ok(())
+        let operation = store(StoreMode::Set, key, value.into(), ttl)?;
+        self.ask(operation).await.and_then(stored).map(|_| ())
     }
 
     /// Writes a value where none is; says whether it was stored.
@@ -119,7 +135,8 @@ where
         value: impl Into<Payload>,
         ttl: Ttl,
     ) -> Result<bool> {
-        self.store(StoreMode::Add, key, value.into(), ttl).await
+        let operation = store(StoreMode::Add, key, value.into(), ttl)?;
+        self.ask(operation).await.and_then(stored)
     }
 
     /// Writes a value where one is; says whether it was stored.
@@ -132,7 +149,8 @@ where
         value: impl Into<Payload>,
         ttl: Ttl,
     ) -> Result<bool> {
-        self.store(StoreMode::Replace, key, value.into(), ttl).await
+        let operation = store(StoreMode::Replace, key, value.into(), ttl)?;
+        self.ask(operation).await.and_then(stored)
     }
 
     /// Puts bytes behind a value that is there, whose flags and TTL stay; says whether one was.
@@ -140,8 +158,8 @@ where
     /// # Errors
     /// As for [`set`](Self::set). Never repeated when it may have been sent, and never moved.
     pub async fn append(&self, key: impl IntoKey, value: impl Into<Payload>) -> Result<bool> {
-        self.store(StoreMode::Append, key, value.into(), Ttl::NEVER)
-            .await
+        let operation = store(StoreMode::Append, key, value.into(), Ttl::NEVER)?;
+        self.ask(operation).await.and_then(stored)
     }
 
     /// Puts bytes before a value that is there, whose flags and TTL stay; says whether one was.
@@ -149,27 +167,8 @@ where
     /// # Errors
     /// As for [`append`](Self::append).
     pub async fn prepend(&self, key: impl IntoKey, value: impl Into<Payload>) -> Result<bool> {
-        self.store(StoreMode::Prepend, key, value.into(), Ttl::NEVER)
-            .await
-    }
-
-    async fn store(
-        &self,
-        mode: StoreMode,
-        key: impl IntoKey,
-        payload: Payload,
-        ttl: Ttl,
-    ) -> Result<bool> {
-        let operation = Operation::Store {
-            mode,
-            key: key.into_key()?,
-            payload,
-            ttl,
-        };
-        match self.ask(operation).await? {
-            Response::Stored(stored) => Ok(stored),
-            other => Err(misfit(&other)),
-        }
+        let operation = store(StoreMode::Prepend, key, value.into(), Ttl::NEVER)?;
+        self.ask(operation).await.and_then(stored)
     }
 
     /// Writes a value if the one there is still the one that `token` was read with. A token from

@@ -58,7 +58,7 @@ where
         Self { path }
     }
 
-    pub(super) fn single(shared: &Arc<Shared<S>>, request: Request) -> Self {
+    pub(super) fn single(shared: &Arc<Shared<S>>, mut request: Request) -> Self {
         let Some(errand) = Errand::of(&request) else {
             let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
             return Self::settled(Err(error));
@@ -67,6 +67,9 @@ where
             Placed::At(place) => place,
             Placed::Settled(outcome) => return Self::settled(outcome),
         };
+        let addressed = shared.addressed(&request, origin);
+        // For any other attempt it will be later.
+        request.end();
         let hedge = match origin {
             Origin::Home => Hedge::new(shared, &node, &request),
             Origin::Moved => None,
@@ -78,7 +81,7 @@ where
                     tries: Tries::default(),
                     wait: None,
                     moved: origin == Origin::Moved,
-                    attempt: NodeFuture::new(node, shared.addressed(&request, origin)),
+                    attempt: NodeFuture::new(node, addressed),
                     hedge,
                     request,
                 },

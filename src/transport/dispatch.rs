@@ -260,7 +260,9 @@ impl Future for TransportFuture {
             && let (Some(transport), Some(asked)) = (again, asked)
             && transport.is_classic() != matches!(asked, Asking::Classic(_))
         {
-            let asking = this.asking.insert(transport.send(asked.into_request()));
+            let mut request = asked.into_request();
+            request.end();
+            let asking = this.asking.insert(transport.send(request));
             return asking.poll(cx);
         }
         Poll::Ready(outcome)

@@ -455,7 +455,7 @@ impl Future for PipelinedFuture {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let polled = match &mut self.step {
             Step::Start(..) => match std::mem::replace(&mut self.step, Step::Done) {
-                Step::Start(pool) => match start(pool, &self.request, cx) {
+                Step::Start(pool) => match start(pool, &mut self.request, cx) {
                     Ok(Started::Waiting(waiting)) => {
                         self.step = Step::Waiting(waiting);
                         return Poll::Pending;
@@ -480,9 +480,10 @@ enum Started {
     Answered(Response),
 }
 
-fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Started> {
+fn start(pool: Arc<Pool>, request: &mut Request, cx: &mut Context<'_>) -> Result<Started> {
     let node = &pool.node;
     let settings = node.site.settings.load();
+    let now = request.now();
     let operation = request.operation();
     let name = |error: Error| error.at_node(&node.site.name);
 
@@ -501,7 +502,6 @@ fn start(pool: Arc<Pool>, request: &Request, cx: &mut Context<'_>) -> Result<Sta
         _ if request.purpose() == Purpose::Hedge => pool.choose_for_hedge(),
         _ => pool.choose(),
     };
-    let now = Instant::now();
     let attempt_ends = after(now, settings.attempt_timeout);
     let (deadline, give_up_at) = match own_end(request, now).map_err(name)? {
         Some(ends) if ends <= attempt_ends => (ends, ends),
