@@ -4,6 +4,7 @@ mod dedicated;
 
 use std::future::Future;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -184,6 +185,27 @@ impl Spawner {
         }
         let _entered = self.handle()?.enter();
         Ok(sleep_until(deadline))
+    }
+}
+
+/// A duration that may be changed while others look at it; the longest are 584 years.
+#[derive(Debug)]
+pub(crate) struct AtomicDuration(AtomicU64);
+
+impl AtomicDuration {
+    pub(crate) fn new(duration: Duration) -> Self {
+        let it = Self(AtomicU64::new(0));
+        it.set(duration);
+        it
+    }
+
+    pub(crate) fn get(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set(&self, duration: Duration) {
+        let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        self.0.store(nanoseconds, Ordering::Relaxed);
     }
 }
 

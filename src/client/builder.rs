@@ -8,14 +8,14 @@ use arc_swap::ArcSwap;
 use tower::layer::util::{Identity, Stack};
 use tower::{Layer, Service};
 
-use super::reconfigure::{Declared, Guards, Live, Timeout};
+use super::reconfigure::{Declared, Guards, Live};
 use super::{Client, Shared};
 use crate::cluster::{Cluster, Control, FailureMode, NodeSpec, RetryBudget, Ring, View};
 use crate::compression::{CompressionSettings, Slot};
 use crate::config::{Config, ExecutorConfig, GroupPlan, NodeConfig};
 use crate::discovery::Discovery;
 use crate::error::{BoxError, Invalid, Result};
-use crate::executor::Executor;
+use crate::executor::{AtomicDuration, Executor};
 use crate::group::{self, GroupSettings};
 use crate::node::{BreakerSettings, JournalSettings, Node, ProbeSettings};
 use crate::read_through::{Engine, LoadLimits, Means, ReadThroughSettings};
@@ -537,7 +537,7 @@ impl<L, N> ClientBuilder<L, N> {
         };
         let groups: Arc<[_]> = plan.groups.iter().zip(1..).map(declared).collect();
         let parts = |declared: &Declared| (declared.group.clone(), declared.reads.clone());
-        let timeout = Arc::new(Timeout::new(config.timeout));
+        let timeout = Arc::new(AtomicDuration::new(config.timeout));
         let whole = view(0);
         if let Some(discovery) = discovery {
             whole.follow(discovery, connector.clone())?;

@@ -27,14 +27,14 @@ pub use claim::{Claim, OnFailure};
 pub use multi_get::{MultiGet, Outcome};
 
 use self::operate::Operate;
-use self::reconfigure::{Declared, Reconfigure, Timeout};
+use self::reconfigure::{Declared, Reconfigure};
 use crate::cluster::{Cluster, Control, NodeSpec};
 #[cfg(feature = "serde")]
 use crate::compression::CompressionSettings;
 use crate::config::Config;
 use crate::discovery::{Discovery, DiscoveryStatus};
 use crate::error::{BoxError, Error, Invalid, Result};
-use crate::executor::Spawner;
+use crate::executor::{AtomicDuration, Spawner};
 use crate::group::{Group, GroupStatus};
 use crate::kill_switch::KillSwitch;
 use crate::node::NodeStatus;
@@ -83,7 +83,7 @@ pub struct Client<S = DefaultService> {
 }
 
 pub(crate) struct Shared {
-    timeout: Arc<Timeout>,
+    timeout: Arc<AtomicDuration>,
     /// There are no layers of the user's, nor a service.
     is_bare: bool,
     spawner: Option<Spawner>,
@@ -126,7 +126,7 @@ impl<S> Client<S> {
             return Err(Error::configuration("the timeout is zero"));
         }
         let shared = Shared {
-            timeout: Arc::new(Timeout::new(timeout)),
+            timeout: Arc::new(AtomicDuration::new(timeout)),
             ..self.shared.again()
         };
         Ok(Self::assemble(self.service, shared))
@@ -442,7 +442,7 @@ impl Shared {
 impl Default for Shared {
     fn default() -> Self {
         Self {
-            timeout: Arc::new(Timeout::new(Duration::from_millis(100))),
+            timeout: Arc::new(AtomicDuration::new(Duration::from_millis(100))),
             is_bare: false,
             spawner: None,
             cluster: None,

@@ -1,40 +1,18 @@
 //! What of a client can be changed while it runs.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
 use crate::cluster::{Cluster, Control};
 use crate::config::{Config, Plan};
 use crate::error::{Error, ErrorKind, Result};
+use crate::executor::AtomicDuration;
 use crate::group;
 use crate::node::NodeSettings;
 use crate::read_through::{Engine, LoadGuard, LoadLimits, ReadThroughSettings};
 use crate::transport::PipelinedSettings;
-
-/// A timeout that all clones share.
-#[derive(Debug)]
-pub(super) struct Timeout(AtomicU64);
-
-impl Timeout {
-    pub(super) fn new(timeout: Duration) -> Self {
-        let it = Self(AtomicU64::new(0));
-        it.set(timeout);
-        it
-    }
-
-    pub(super) fn get(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Relaxed))
-    }
-
-    fn set(&self, timeout: Duration) {
-        let nanoseconds = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
-        self.0.store(nanoseconds, Ordering::Relaxed);
-    }
-}
 
 /// A functional group that was declared in the builder.
 pub(super) struct Declared {
@@ -97,7 +75,7 @@ pub(super) struct Live<S> {
     pub(super) config: Mutex<Config>,
     pub(super) cluster: Cluster<S>,
     pub(super) nodes: NodesSettings,
-    pub(super) timeout: Arc<Timeout>,
+    pub(super) timeout: Arc<AtomicDuration>,
     pub(super) reads: Arc<Engine>,
     /// In the order of their names, which is that of the configuration.
     pub(super) groups: Vec<(Arc<group::Shared>, Arc<Engine>)>,

@@ -5,7 +5,7 @@
 //! fraction of a token, a floor flows in with time, each retry withdraws a whole one. What is not
 //! used within the window is lost, which here means that the bucket has a capacity.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -15,7 +15,8 @@ const TOKEN: u64 = 100;
 
 #[derive(Debug)]
 pub(super) struct Budget {
-    settings: RetryBudget,
+    percent: AtomicU32,
+    per_second: AtomicU32,
     /// Hundredths of a token.
     balance: AtomicU64,
     began: Instant,
@@ -60,18 +61,44 @@ const INITIAL: u64 = 100 * TOKEN;
 impl Budget {
     pub(super) fn new(settings: RetryBudget) -> Self {
         Self {
-            settings,
+            percent: settings.percent.into(),
+            per_second: settings.per_second.into(),
             balance: AtomicU64::new(INITIAL),
             began: Instant::now(),
             paid_until: AtomicU64::new(0),
         }
     }
 
+    /// Other settings from now on. What has been saved up stays if they are the same.
+    pub(super) fn apply(&self, settings: RetryBudget) {
+        if self.settings() == settings {
+            return;
+        }
+        self.percent.store(settings.percent, Ordering::Relaxed);
+        let per_second = settings.per_second;
+        self.per_second.store(per_second, Ordering::Relaxed);
+        let now = self.millis();
+        self.paid_until.store(now, Ordering::Relaxed);
+        self.balance.store(INITIAL, Ordering::Relaxed);
+    }
+
+    fn settings(&self) -> RetryBudget {
+        RetryBudget {
+            percent: self.percent.load(Ordering::Relaxed),
+            per_second: self.per_second.load(Ordering::Relaxed),
+        }
+    }
+
+    fn millis(&self) -> u64 {
+        Duration::as_millis(&self.began.elapsed()) as u64
+    }
+
     fn capacity(&self) -> u64 {
+        let settings = self.settings();
         // Ten seconds of a service's requests cannot be known beforehand; what a thousand of them
         // each second deposit is the cap.
-        let floor = u64::from(self.settings.per_second) * WINDOW * TOKEN;
-        let share = u64::from(self.settings.percent) * 1000 * WINDOW;
+        let floor = u64::from(settings.per_second) * WINDOW * TOKEN;
+        let share = u64::from(settings.percent) * 1000 * WINDOW;
         INITIAL.max(floor + share)
     }
 
@@ -79,7 +106,7 @@ impl Budget {
     pub(super) fn deposit(&self) {
         // Full is the usual state; then this is one load.
         if self.balance.load(Ordering::Relaxed) < self.capacity() {
-            let share = u64::from(self.settings.percent);
+            let share = u64::from(self.percent.load(Ordering::Relaxed));
             self.balance.fetch_add(share, Ordering::Relaxed);
         }
     }
@@ -95,11 +122,11 @@ impl Budget {
     }
 
     fn pay_floor(&self) {
-        let now = Duration::as_millis(&self.began.elapsed()) as u64;
+        let now = self.millis();
         let paid = self.paid_until.load(Ordering::Relaxed);
         let due = now.saturating_sub(paid).min(WINDOW * 1000);
         // TOKEN per second is TOKEN / 1000 per millisecond; whole hundredths only.
-        let hundredths = due * u64::from(self.settings.per_second) * TOKEN / 1000;
+        let hundredths = due * u64::from(self.settings().per_second) * TOKEN / 1000;
         if hundredths > 0
             && self
                 .paid_until

@@ -50,7 +50,7 @@ impl<S: Service<Request> + Clone> Hedge<S> {
             request.operation(),
             Operation::Get { .. } | Operation::Lookup { lease: None, .. }
         );
-        if !reads || node.shared().connections() < 2 || !shared.policy.load().settings.hedged_gets {
+        if !reads || node.shared().connections() < 2 || !shared.settings.load().hedged_gets {
             return None;
         }
         let wait = node.shared().p95()?.max(LEAST_WAIT);

@@ -190,26 +190,14 @@ struct Pool<S> {
 /// How requests are sent to the nodes of a pool, by whom they are.
 struct Shared<S> {
     pool: Arc<Pool<S>>,
-    policy: ArcSwap<Policy>,
+    settings: ArcSwap<ClusterSettings>,
+    budget: Budget,
     spawner: Spawner,
     phase: Arc<Phase>,
     /// The routes of functional groups: [`Request::route`] from 1 on.
     groups: Vec<Arc<Self>>,
     /// That of the whole cluster.
     kill_switch: KillSwitch,
-}
-
-/// Settings in force, with what goes with them.
-struct Policy {
-    settings: ClusterSettings,
-    budget: Arc<Budget>,
-}
-
-impl Policy {
-    fn new(settings: ClusterSettings) -> Self {
-        let budget = Arc::new(Budget::new(settings.retry_budget));
-        Self { settings, budget }
-    }
 }
 
 impl<S> Pool<S> {
@@ -384,16 +372,8 @@ impl Unstarted {
 
 impl<S> Shared<S> {
     fn apply(&self, settings: ClusterSettings) {
-        let now = self.policy.load();
-        // What has been saved up stays.
-        let policy = match now.settings.retry_budget == settings.retry_budget {
-            true => Policy {
-                settings,
-                budget: now.budget.clone(),
-            },
-            false => Policy::new(settings),
-        };
-        self.policy.store(Arc::new(policy));
+        self.budget.apply(settings.retry_budget);
+        self.settings.store(Arc::new(settings));
     }
 
     fn topology(&self) -> Guard<Arc<Topology<S>>> {
@@ -426,7 +406,7 @@ impl<S> Clone for Cluster<S> {
 impl<S> fmt::Debug for Cluster<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cluster")
-            .field("settings", &self.shared.policy.load().settings)
+            .field("settings", &self.shared.settings.load())
             .finish_non_exhaustive()
     }
 }
@@ -470,7 +450,8 @@ impl<S> Cluster<S> {
             settings.validate()?;
             Ok::<_, Error>(Arc::new(Shared {
                 pool,
-                policy: ArcSwap::from_pointee(Policy::new(settings)),
+                budget: Budget::new(settings.retry_budget),
+                settings: ArcSwap::from_pointee(settings),
                 spawner: spawner.clone(),
                 phase: phase.clone(),
                 groups,
@@ -756,7 +737,7 @@ where
             }
             return ClusterFuture::settled(bypassed.answer);
         }
-        shared.policy.load().budget.deposit();
+        shared.budget.deposit();
         match request.operation() {
             Operation::GetMany { .. } => ClusterFuture::many(shared, request),
             Operation::Version | Operation::FlushAll | Operation::Stats => {
@@ -852,8 +833,7 @@ impl<S> Shared<S> {
         if !failed_there {
             return After::GiveUp;
         }
-        let policy = self.policy.load();
-        let settings = &policy.settings;
+        let settings = self.settings.load();
         let waits = settings.failure_mode == FailureMode::Retry && unsent;
         if kind != NodeUnavailable && !waits {
             tries.attempts += 1;
@@ -902,7 +882,7 @@ impl<S> Shared<S> {
     }
 
     fn pay(&self, node: &NodeShared) -> bool {
-        let paid = self.policy.load().budget.withdraw();
+        let paid = self.budget.withdraw();
         if !paid {
             node.count(Event::BudgetExhausted);
         }

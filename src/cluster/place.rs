@@ -137,7 +137,7 @@ impl<S> Shared<S> {
         }
         // Nobody may ask it for a long time, so whether it is seen to is looked to here.
         home.shared().ensure_kept();
-        let redistributes = self.policy.load().settings.failure_mode == FailureMode::Redistribute;
+        let redistributes = self.settings.load().failure_mode == FailureMode::Redistribute;
         let too_many = redistributes && self.too_many_open(&topology);
         let refuge = (redistributes && !too_many)
             .then(|| self.refuge(&topology, errand, &[]))
@@ -218,7 +218,7 @@ impl<S> Shared<S> {
     }
 
     fn too_many_open(&self, topology: &Topology<S>) -> bool {
-        topology.too_many_open(self.policy.load().settings.max_ejection_percent)
+        topology.too_many_open(self.settings.load().max_ejection_percent)
     }
 
     /// The node, other than its home, that answers for a key.
@@ -265,7 +265,7 @@ impl<S> Shared<S> {
     fn leave_at(&self, topology: &Topology<S>, errand: Errand<'_>, to: &NodeShared) {
         if errand.lasts() {
             for node in before(topology, errand.key, to) {
-                let lifetime = self.policy.load().settings.failover_ttl;
+                let lifetime = self.settings.load().failover_ttl;
                 node.shared().left_elsewhere(errand.key, lifetime);
             }
         }

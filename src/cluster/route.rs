@@ -148,7 +148,7 @@ impl<S> Shared<S> {
         if origin == Origin::Moved {
             request
                 .operation_mut()
-                .cap_ttl(self.policy.load().settings.failover_ttl);
+                .cap_ttl(self.settings.load().failover_ttl);
         }
         request
     }

@@ -14,7 +14,7 @@ use super::linger::Lingering;
 use super::protocol::{Dialect, Protocol, Spoken};
 use super::{Address, BoxStream, ConnectFailure, Connector, Event, Observer, PipelinedSettings};
 use crate::error::{Error, ErrorKind, Result, Sent};
-use crate::executor::{Spawner, after};
+use crate::executor::{AtomicDuration, Spawner, after};
 use crate::key::Key;
 use crate::request::Request;
 #[cfg(feature = "classic")]
@@ -42,6 +42,8 @@ pub(super) struct Site {
     pub(super) name: Arc<str>,
     address: Address,
     pub(super) settings: ArcSwap<PipelinedSettings>,
+    /// Of these what every request looks at.
+    pub(super) terms: Terms,
     pub(super) protocol: Protocol,
     pub(super) spoken: Arc<Spoken>,
     connector: Arc<dyn Connector>,
@@ -61,13 +63,43 @@ pub(super) struct Site {
     cluster_closing: OnceLock<watch::Receiver<bool>>,
 }
 
+pub(super) struct Terms {
+    attempt_timeout: AtomicDuration,
+    max_value_size: AtomicUsize,
+}
+
+impl Terms {
+    fn new(settings: &PipelinedSettings) -> Self {
+        Self {
+            attempt_timeout: AtomicDuration::new(settings.attempt_timeout),
+            max_value_size: AtomicUsize::new(settings.limits.value),
+        }
+    }
+
+    fn set(&self, settings: &PipelinedSettings) {
+        self.attempt_timeout.set(settings.attempt_timeout);
+        let largest = settings.limits.value;
+        self.max_value_size.store(largest, Ordering::Relaxed);
+    }
+
+    pub(super) fn attempt_timeout(&self) -> Duration {
+        self.attempt_timeout.get()
+    }
+
+    pub(super) fn max_value_size(&self) -> usize {
+        self.max_value_size.load(Ordering::Relaxed)
+    }
+}
+
 impl Site {
     /// The site, and where its tasks are to run.
     pub(super) fn new(parts: Parts) -> (Arc<Self>, Spawner) {
+        let settings = parts.settings.over(&*parts.connector);
         let site = Self {
             name: parts.name,
             address: parts.address,
-            settings: ArcSwap::from_pointee(parts.settings.over(&*parts.connector)),
+            terms: Terms::new(&settings),
+            settings: ArcSwap::from_pointee(settings),
             protocol: parts.protocol,
             spoken: parts.spoken,
             connector: parts.connector,
@@ -112,6 +144,7 @@ impl Site {
     /// Other settings from now on.
     pub(super) fn apply(&self, settings: PipelinedSettings) {
         let settings = settings.over(&*self.connector);
+        self.terms.set(&settings);
         self.settings.store(Arc::new(settings));
     }
 

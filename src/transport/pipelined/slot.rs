@@ -482,7 +482,7 @@ enum Started {
 
 fn start(pool: Arc<Pool>, request: &mut Request, cx: &mut Context<'_>) -> Result<Started> {
     let node = &pool.node;
-    let settings = node.site.settings.load();
+    let terms = &node.site.terms;
     let now = request.now();
     let operation = request.operation();
     let name = |error: Error| error.at_node(&node.site.name);
@@ -490,7 +490,7 @@ fn start(pool: Arc<Pool>, request: &mut Request, cx: &mut Context<'_>) -> Result
     if request.purpose() == Purpose::Note {
         return Err(name(noted()));
     }
-    check_value(operation, settings.limits.value).map_err(name)?;
+    check_value(operation, terms.max_value_size()).map_err(name)?;
     let slot = match operation {
         Operation::CompareAndSwap { token, .. } => match pool.slot_for(*token) {
             Some(slot) => slot,
@@ -502,7 +502,7 @@ fn start(pool: Arc<Pool>, request: &mut Request, cx: &mut Context<'_>) -> Result
         _ if request.purpose() == Purpose::Hedge => pool.choose_for_hedge(),
         _ => pool.choose(),
     };
-    let attempt_ends = after(now, settings.attempt_timeout);
+    let attempt_ends = after(now, terms.attempt_timeout());
     let (deadline, give_up_at) = match own_end(request, now).map_err(name)? {
         Some(ends) if ends <= attempt_ends => (ends, ends),
         // The connection's timer judges, and should speak first; it may be late.
