@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -42,7 +43,7 @@ enum Repr {
     },
     Shared {
         binary: bool,
-        bytes: Bytes,
+        bytes: Arc<[u8]>,
     },
 }
 
@@ -149,7 +150,7 @@ impl Key {
         } else {
             Self(Repr::Shared {
                 binary,
-                bytes: Bytes::copy_from_slice(key),
+                bytes: key.into(),
             })
         }
     }
@@ -183,7 +184,18 @@ impl Key {
             let raw = BASE64.decode(self.as_bytes()).unwrap_or_default();
             return Self::binary([prefix.as_ref(), &raw].concat());
         }
-        Self::new([prefix.as_ref(), self.as_bytes()].concat())
+        let (prefix, own) = (prefix.as_ref(), self.as_bytes());
+        // On the stack: a group does this for each of its requests.
+        let mut joined = [0; MAX_KEY_LENGTH];
+        match joined.get_mut(..prefix.len() + own.len()) {
+            Some(joined) => {
+                let (before, behind) = joined.split_at_mut(prefix.len());
+                before.copy_from_slice(prefix);
+                behind.copy_from_slice(own);
+                Self::new(joined)
+            }
+            None => Self::new([prefix, own].concat()),
+        }
     }
 }
 

@@ -6,4 +6,5 @@
 #![cfg(all(feature = "testing", target_os = "linux"))]
 
 mod allocations;
+mod memory;
 mod support;
