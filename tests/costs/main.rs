@@ -7,4 +7,7 @@
 
 mod allocations;
 mod memory;
+#[path = "../../benches/waiters/scenarios.rs"]
+mod scenarios;
 mod support;
+mod waiters;
