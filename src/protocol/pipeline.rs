@@ -39,6 +39,9 @@ const BATCH_SIZE: usize = 64 * 1024;
 /// A buffer grown beyond this by a burst is not kept, in bytes.
 const KEPT_CAPACITY: usize = 256 * 1024;
 
+/// Nor is the room for more requests than this, once there are none.
+const KEPT_REQUESTS: usize = 4096;
+
 /// A claim on one request's outcome. Not `Clone`: it is used up by taking the outcome, or by
 /// abandoning it.
 #[derive(Debug)]
@@ -434,7 +437,7 @@ impl<W> Pipeline<W> {
             wait(waiter);
             return None;
         }
-        match self.claims.remove(ticket.0) {
+        match self.take_claim(ticket) {
             Claim::Settled(outcome) => Some(outcome),
             Claim::Waiting { .. } => unreachable!("ruled out three lines above"),
         }
@@ -447,6 +450,17 @@ impl<W> Pipeline<W> {
             Claim::Settled(_) => None,
         });
         waiting.collect()
+    }
+
+    fn take_claim(&mut self, ticket: &Ticket) -> Claim<W> {
+        let claim = self.claims.remove(ticket.0);
+        if self.claims.is_empty() && self.claims.capacity() > KEPT_REQUESTS {
+            self.claims = Slab::new();
+        }
+        if self.requests.is_empty() && self.requests.capacity() > KEPT_REQUESTS {
+            self.requests = VecDeque::new();
+        }
+        claim
     }
 
     /// The caller is gone. A queued request will not be written; one in flight keeps its place.
@@ -488,7 +502,7 @@ impl<W> Pipeline<W> {
 
     /// Frees a claim: its waiter, and the index of its request if that is still there.
     fn release(&mut self, ticket: &Ticket) -> (Option<W>, Option<usize>) {
-        let Claim::Waiting { waiter, serial } = self.claims.remove(ticket.0) else {
+        let Claim::Waiting { waiter, serial } = self.take_claim(ticket) else {
             return (None, None);
         };
         let position = self
@@ -537,6 +551,7 @@ impl<W> Pipeline<W> {
             }
             taken += 1;
             heads += entry.head;
+            self.swaps -= usize::from(matches!(entry.expect, Expect::Swapped { .. }));
             entry.judge_at = entry.judge_at.max(after(now, attempt));
             entry.start = self.taken;
             entry.sent_at = Some(now);
@@ -561,10 +576,6 @@ impl<W> Pipeline<W> {
             self.heads.advance(heads);
         }
         self.in_flight += taken;
-        self.swaps = 0;
-        for entry in self.requests.range(self.in_flight..) {
-            self.swaps += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
-        }
         true
     }
 

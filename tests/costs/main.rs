@@ -6,6 +6,9 @@
 #![cfg(all(feature = "testing", target_os = "linux"))]
 
 mod allocations;
+#[path = "../../benches/idle/cluster.rs"]
+mod cluster;
+mod idle;
 mod memory;
 #[path = "../../benches/waiters/scenarios.rs"]
 mod scenarios;

@@ -39,6 +39,12 @@ impl Count {
     }
 }
 
+/// How many bytes this process holds.
+pub(crate) fn held() -> isize {
+    let stats = ALLOCATOR.stats();
+    stats.bytes_allocated as isize - stats.bytes_deallocated as isize
+}
+
 /// The right to count, which one test has at a time.
 pub(crate) fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());

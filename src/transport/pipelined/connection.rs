@@ -21,10 +21,10 @@ use crate::transport::greeting::Connected;
 use crate::transport::site::{backoff, shut_down};
 use crate::transport::{BoxStream, ConnectFailure, Event};
 
-/// The least room for a read.
-const READ_SIZE: usize = 16 * 1024;
+/// The size of the read buffer of a connection on which little comes: enough for a probe's reply.
+const SMALL_BUFFER: usize = 4 * 1024;
 
-/// The usual size of the read buffer: a few hundred small replies.
+/// Of one on which reads have filled it: a few hundred small replies.
 const READ_BUFFER: usize = 64 * 1024;
 
 /// Reads in a row before writes and timers get their turn.
@@ -312,6 +312,8 @@ struct Connection {
     stream: BoxStream,
     parser: Parser,
     input: BytesMut,
+    /// The size of the read buffer; a quarter of it is the least room for a read.
+    room: usize,
     batch: Batch,
     /// The task has let others run once since something was queued, so that they could queue
     /// more: the batch is written after one such yield.
@@ -338,7 +340,8 @@ impl Connection {
         Self {
             stream,
             parser: Parser::new(settings.limits.value),
-            input: BytesMut::with_capacity(READ_BUFFER),
+            input: BytesMut::with_capacity(SMALL_BUFFER),
+            room: SMALL_BUFFER,
             batch: Batch::default(),
             yielded: false,
             unflushed: false,
@@ -428,8 +431,9 @@ impl Connection {
         cx: &mut Context<'_>,
     ) -> Result<bool, End> {
         for _ in 0..READS_IN_A_ROW {
-            if self.input.capacity() - self.input.len() < READ_SIZE {
-                self.input.reserve(READ_BUFFER - READ_SIZE);
+            let least = self.room / 4;
+            if self.input.capacity() - self.input.len() < least {
+                self.input.reserve(self.room - least);
             }
             let read = pin!(self.stream.read_buf(&mut self.input)).poll(cx);
             match read {
@@ -438,7 +442,12 @@ impl Connection {
                     let error = std::io::ErrorKind::UnexpectedEof.into();
                     return Err(lost("the server closed it", error));
                 }
-                Poll::Ready(Ok(_)) => self.heard_at = Instant::now(),
+                Poll::Ready(Ok(_)) => {
+                    self.heard_at = Instant::now();
+                    if self.input.len() == self.input.capacity() {
+                        self.room = (self.room * 4).min(READ_BUFFER);
+                    }
+                }
                 Poll::Ready(Err(error)) => return Err(lost("reading failed", error)),
             }
             self.settle(node, slot, answered).map_err(End::Violated)?;
