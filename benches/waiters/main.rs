@@ -35,7 +35,10 @@ struct Throughput {
 
 fn closed_loop(executor: Executor, tasks: usize, server: &str) -> Throughput {
     runtime().block_on(LocalSet::new().run_until(async {
-        let client = roomy(server, tasks).executor(executor).build().unwrap();
+        let client = roomy(server, tasks.max(1_000))
+            .executor(executor)
+            .build()
+            .unwrap();
         let keys: Rc<[Key]> = (0..KEYS)
             .map(|n| Key::new(format!("benchmark:{n:08}")).unwrap())
             .collect();

@@ -85,7 +85,7 @@ fn keys() -> Vec<Key> {
 /// Starts so many gets, each in a task of its own, and returns once all wait at the node.
 async fn all_wait(client: &Client, many: usize) -> JoinSet<Option<ErrorKind>> {
     let keys = keys();
-    client_is_up(client, many).await;
+    connected(client).await;
     let mut tasks = JoinSet::new();
     for n in 0..many {
         let (client, key) = (client.clone(), keys[n % keys.len()].clone());
@@ -98,7 +98,7 @@ async fn all_wait(client: &Client, many: usize) -> JoinSet<Option<ErrorKind>> {
 }
 
 /// Connects, by a first request whose answer is not waited for.
-async fn client_is_up(client: &Client, _: usize) {
+async fn connected(client: &Client) {
     let first = client.get("first");
     tokio::pin!(first);
     while client.nodes()[0].connections == 0 {

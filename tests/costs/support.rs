@@ -10,7 +10,7 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::Instant;
 use tower_memcached::testing::Memcached;
-use tower_memcached::{Client, ClientBuilder, Executor, Ttl};
+use tower_memcached::{Client, ClientBuilder, Executor};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
@@ -65,8 +65,8 @@ pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// Both places where connections may be served.
-pub(crate) fn executors() -> [(&'static str, Executor); 2] {
-    [
+pub(crate) fn executors() -> Vec<(&'static str, Executor)> {
+    vec![
         ("current", Executor::current()),
         ("dedicated", Executor::dedicated("io", 1)),
     ]
@@ -87,13 +87,6 @@ pub(crate) fn patient(servers: &[Memcached], executor: &Executor) -> ClientBuild
         .executor(executor.clone())
         .timeout(PATIENCE)
         .attempt_timeout(PATIENCE / 2)
-}
-
-/// Writes each of these keys with a value of 100 bytes.
-pub(crate) async fn fill(client: &Client, keys: &[String]) {
-    for key in keys {
-        client.set(key, vec![b'v'; 100], Ttl::NEVER).await.unwrap();
-    }
 }
 
 /// Installs a recorder that takes everything, as a service has one.
