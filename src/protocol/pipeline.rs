@@ -216,7 +216,8 @@ struct Entry {
     expect: Expect,
     /// Its bytes in `heads` while queued.
     head: usize,
-    body: Option<Bytes>,
+    /// Boxed, as only large values are here.
+    body: Option<Box<Bytes>>,
     /// Set when taken:
     start: u64,
     sent_at: Option<Instant>,
@@ -237,7 +238,7 @@ enum Expect {
     Counter,
     Version,
     Flushed,
-    Stats(BTreeMap<String, String>),
+    Stats(Box<BTreeMap<String, String>>),
 }
 
 #[derive(Debug)]
@@ -271,7 +272,7 @@ impl Expect {
             Operation::Arithmetic { .. } => Self::Counter,
             Operation::Version => Self::Version,
             Operation::FlushAll => Self::Flushed,
-            Operation::Stats => Self::Stats(BTreeMap::new()),
+            Operation::Stats => Self::Stats(Box::default()),
         }
     }
 
@@ -414,7 +415,7 @@ impl<W> Pipeline<W> {
             opaque,
             expect,
             head: self.heads.len() - before,
-            body,
+            body: body.map(Box::new),
             start: 0,
             sent_at: None,
             newest: 0,
@@ -545,7 +546,7 @@ impl<W> Pipeline<W> {
         let (mut heads, mut since_body, mut bodies) = (0, 0, 0);
         let mut taken = 0;
         for entry in self.requests.range_mut(self.in_flight..) {
-            let size = entry.head + entry.body.as_ref().map_or(0, Bytes::len);
+            let size = entry.head + entry.body.as_ref().map_or(0, |body| body.len());
             if taken > 0 && heads + bodies + size > BATCH_SIZE {
                 break;
             }
@@ -564,7 +565,7 @@ impl<W> Pipeline<W> {
                 bodies += body.len();
                 batch.bodies.push_back(Body {
                     after: std::mem::take(&mut since_body),
-                    value: body,
+                    value: *body,
                     end: b"\r\n",
                 });
             }
@@ -622,7 +623,7 @@ impl<W> Pipeline<W> {
                 self.swaps += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
                 self.requests.push_back(entry);
             } else {
-                self.queued_bodies -= entry.body.as_ref().map_or(0, Bytes::len);
+                self.queued_bodies -= entry.body.as_ref().map_or(0, |body| body.len());
             }
         }
         self.heads = alive;
@@ -902,7 +903,7 @@ fn answer(
             stats.insert(name, counter);
             return Ok(Answer::More);
         }
-        (Expect::Stats(stats), Reply::StatsEnd) => Response::Stats(std::mem::take(stats)),
+        (Expect::Stats(stats), Reply::StatsEnd) => Response::Stats(std::mem::take(&mut **stats)),
 
         (_, Reply::Failure(failure, text)) => return failed(entry, failure, text),
         (expect, reply) => {
