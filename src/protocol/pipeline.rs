@@ -228,16 +228,24 @@ struct Entry {
 /// What would answer a request, with what has come of it so far.
 #[derive(Debug)]
 enum Expect {
-    Value { with_cas: bool },
+    Value {
+        with_cas: bool,
+    },
     Found,
     Values(Box<Batched>),
     Stored,
-    Swapped { newest_allowed: u32 },
+    Swapped {
+        newest_allowed: u32,
+    },
     Deleted,
     Touched,
     Counter,
     Version,
     Flushed,
+    #[expect(
+        clippy::box_collection,
+        reason = "every request has room for the largest of these"
+    )]
     Stats(Box<BTreeMap<String, String>>),
 }
 

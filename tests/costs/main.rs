@@ -13,4 +13,5 @@ mod memory;
 #[path = "../../benches/waiters/scenarios.rs"]
 mod scenarios;
 mod support;
+mod topology;
 mod waiters;
