@@ -9,51 +9,25 @@
 //!   the application's own thread, `dedicated` on one of their own. `transport` is the bare
 //!   pipelined transport without cluster, node and client.
 //! - `get_many`: one task, 100 keys a call; `concurrent_gets` is the same with 100 gets.
+//! - `get_values`, `set_values`: 64 tasks, values of 100 B, 4 KiB and 256 KiB.
 //!
 //! Criterion reports the time of one operation (or call); `thrpt` is operations (keys) a second.
+
+mod support;
 
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use futures::future::join_all;
-use tokio::runtime::{Builder, Runtime};
-use tokio::time::Instant;
 use tower::{Service, ServiceExt as _};
-use tower_memcached::testing::Memcached;
 use tower_memcached::{
     Client, Executor, Key, Operation, Pipelined, PipelinedSettings, Request, SystemConnector, Ttl,
 };
 
-const KEYS: usize = 10_000;
-
-fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_all().build().unwrap()
-}
-
-fn keys() -> Arc<[Key]> {
-    (0..KEYS)
-        .map(|n| Key::new(format!("benchmark:{n:08}")).unwrap())
-        .collect()
-}
-
-fn client(servers: &[Memcached], executor: Executor) -> Client {
-    Client::builder()
-        .nodes(servers.iter().map(Memcached::address))
-        .executor(executor)
-        // Speed is measured here, not time-outs.
-        .timeout(Duration::from_secs(10))
-        .attempt_timeout(Duration::from_secs(5))
-        .build()
-        .unwrap()
-}
-
-fn servers(count: usize) -> Vec<Memcached> {
-    (0..count)
-        .map(|_| Memcached::spawn(&["-t", "1", "-m", "256"]).unwrap())
-        .collect()
-}
+use support::{KEYS, client, closed_loop, keys, runtime, servers};
 
 async fn fill(client: &Client, keys: &[Key]) {
     for chunk in keys.chunks(500) {
@@ -65,36 +39,6 @@ async fn fill(client: &Client, keys: &[Key]) {
             .into_iter()
             .for_each(|stored| stored.unwrap());
     }
-}
-
-/// Runs `iterations` operations on `tasks` tasks, and times them all.
-fn closed_loop<F, Fut>(runtime: &Runtime, tasks: usize, iterations: u64, operation: F) -> Duration
-where
-    F: Fn(usize) -> Fut + Clone + Send + 'static,
-    Fut: Future<Output = ()> + Send + 'static,
-{
-    let rounds = iterations.div_ceil(tasks as u64) as usize;
-    runtime.block_on(async {
-        let started = Instant::now();
-        let count = tasks;
-        let tasks: Vec<_> = (0..count)
-            .map(|task| {
-                let operation = operation.clone();
-                tokio::spawn(async move {
-                    for round in 0..rounds {
-                        operation((task * 7919 + round * 31) % KEYS).await;
-                    }
-                })
-            })
-            .collect();
-        for task in tasks {
-            task.await.unwrap();
-        }
-        // Rounds are rounded up, so a little more was done than asked for.
-        started
-            .elapsed()
-            .mul_f64(iterations as f64 / (rounds * count) as f64)
-    })
 }
 
 const CONCURRENCY: [usize; 4] = [1, 64, 256, 1024];
@@ -208,12 +152,47 @@ fn many_keys(criterion: &mut Criterion) {
     group.finish();
 }
 
+fn values(criterion: &mut Criterion) {
+    const TASKS: usize = 64;
+    let servers = servers(1);
+    let keys = keys();
+    for name in ["get_values", "set_values"] {
+        let mut group = criterion.benchmark_group(name);
+        for (size, label) in [(100, "100_B"), (4 * 1024, "4_KiB"), (256 * 1024, "256_KiB")] {
+            group.throughput(Throughput::Bytes(size as u64));
+            let runtime = runtime();
+            let client = client(&servers, Executor::current());
+            let value = Bytes::from(vec![b'v'; size]);
+            runtime.block_on(async {
+                for key in &keys[..TASKS] {
+                    client.set(key, value.clone(), Ttl::NEVER).await.unwrap();
+                }
+            });
+            group.bench_function(label, |bencher| {
+                bencher.iter_custom(|iterations| {
+                    let (client, keys, value) = (client.clone(), keys.clone(), value.clone());
+                    let set = name == "set_values";
+                    closed_loop(&runtime, TASKS, iterations, move |index| {
+                        let (client, keys, value) = (client.clone(), keys.clone(), value.clone());
+                        async move {
+                            let key = &keys[index % TASKS];
+                            if set {
+                                client.set(key, value, Ttl::NEVER).await.unwrap();
+                            } else {
+                                let found = client.get(key).await.unwrap();
+                                assert_eq!(black_box(found).unwrap().len(), size);
+                            }
+                        }
+                    })
+                });
+            });
+        }
+    }
+}
+
 criterion_group! {
     name = benches;
-    config = Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(500))
-        .measurement_time(Duration::from_secs(2));
-    targets = single_operations, many_keys
+    config = support::settings(Duration::from_secs(2));
+    targets = single_operations, many_keys, values
 }
 criterion_main!(benches);
