@@ -135,9 +135,10 @@ fn within_second() -> Duration {
     Duration::from_nanos(digits.parse().expect("a number"))
 }
 
-fn keys() -> Arc<[Key]> {
+/// For as long as the process is there, so that nothing has to be cloned while it counts.
+fn keys() -> &'static [Key] {
     let name = |n| Key::new(format!("benchmark:{n:08}")).unwrap();
-    (0..1_000).map(name).collect()
+    Vec::leak((0..1_000).map(name).collect())
 }
 
 fn get(key: &Key) -> Request {
@@ -291,65 +292,49 @@ fn transport(tasks: usize, count: usize) {
     });
 }
 
-fn client(nodes: usize) -> Client {
-    Client::builder()
+/// The same.
+fn client(nodes: usize) -> &'static Client {
+    let client = Client::builder()
         .nodes((0..nodes).map(|n| format!("node-{n}")))
         .connector(Canned)
         .executor(Executor::current())
-        .build()
-        .unwrap()
+        .build();
+    Box::leak(Box::new(client.unwrap()))
 }
 
 fn client_gets(nodes: usize, tasks: usize, count: usize) {
     let (client, keys) = (client(nodes), keys());
-    closed_loop(tasks, count, move |n| {
-        let (client, keys) = (client.clone(), keys.clone());
-        async move {
-            let value = client.get(&keys[n % keys.len()]).await.unwrap();
-            assert_eq!(value.unwrap().len(), 100);
-        }
+    closed_loop(tasks, count, move |n| async move {
+        let value = client.get(&keys[n % keys.len()]).await.unwrap();
+        assert_eq!(value.unwrap().len(), 100);
     });
 }
 
 fn client_sets(count: usize) {
     let (client, keys) = (client(1), keys());
-    closed_loop(64, count, move |n| {
-        let (client, keys) = (client.clone(), keys.clone());
-        async move {
-            let value: &'static [u8] = &[b'v'; 100];
-            let key = &keys[n % keys.len()];
-            client.set(key, value, Ttl::secs(60)).await.unwrap();
-        }
+    closed_loop(64, count, move |n| async move {
+        let value: &'static [u8] = &[b'v'; 100];
+        let key = &keys[n % keys.len()];
+        client.set(key, value, Ttl::secs(60)).await.unwrap();
     });
 }
 
 fn get_many(count: usize) {
     let (client, keys) = (client(1), keys());
-    closed_loop(1, count, move |n| {
-        let (client, keys) = (client.clone(), keys.clone());
-        async move {
-            let from = n * 7 % (keys.len() - 100);
-            let values = client.get_many(&keys[from..from + 100]).await;
-            assert_eq!(
-                values
-                    .iter()
-                    .filter(|(_, found)| found.value().is_some())
-                    .count(),
-                100
-            );
-        }
+    closed_loop(1, count, move |n| async move {
+        let from = n * 7 % (keys.len() - 100);
+        let values = client.get_many(&keys[from..from + 100]).await;
+        let hits = values.iter().filter(|(_, found)| found.value().is_some());
+        assert_eq!(hits.count(), 100);
     });
 }
 
 fn get_or_load(count: usize) {
     let (client, keys) = (client(1), keys());
-    closed_loop(1, count, move |n| {
-        let (client, keys) = (client.clone(), keys.clone());
-        async move {
-            let load = || async { Err::<Option<Vec<u8>>, _>(io::Error::other("no hit")) };
-            let key = &keys[n % keys.len()];
-            let value = client.get_or_load(key, Ttl::secs(60), load).await.unwrap();
-            assert_eq!(value.unwrap().len(), 100);
-        }
+    closed_loop(1, count, move |n| async move {
+        let load = || async { Err::<Option<Vec<u8>>, _>(io::Error::other("no hit")) };
+        let key = &keys[n % keys.len()];
+        let value = client.get_or_load(key, Ttl::secs(60), load).await.unwrap();
+        assert_eq!(value.unwrap().len(), 100);
     });
 }
