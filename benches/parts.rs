@@ -1,7 +1,9 @@
 //! What the parts of a client cost, each for itself, for one operation. Only the single flight asks a
-//! memcached, which is started here. `scripts/instructions` counts most of these to the last digit.
+//! memcached, which is started here. `scripts/instructions` counts the instructions of most of these.
 //!
-//! - `codec`: a request to bytes, and bytes to replies.
+//! - `codec`: a request to bytes, and bytes to replies. On some AMD processors `hit_4_KiB` takes six times as
+//!   long where the value's copy is unluckily aligned: glibc copies what is over 2 KiB by `rep movsb`, unless
+//!   `GLIBC_TUNABLES=glibc.cpu.x86_rep_movsb_threshold=1000000` is set.
 //! - `ring`: the node of a key, among 3, 100 and 1,000.
 //! - `breaker`: a request through a node whose service answers at once, with what is learnt from the
 //!   answer; and the refusal by a node that is out. `alone` is the service without a node.
