@@ -30,7 +30,6 @@ fn main() -> ExitCode {
     for (name, executor) in [
         ("current", Executor::current()),
         ("dedicated", Executor::dedicated("bench-io", 1)),
-        ("default", Executor::default()),
     ] {
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         let allocated = || ALLOCATED.allocated() as f64;
