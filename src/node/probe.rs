@@ -66,7 +66,8 @@ impl ProbeSettings {
         self
     }
 
-    /// The time between probes; 1 s by default, each +-20 %. After the breaker has opened the first
+    /// The time between probes; 1 s by default, each +-20 %, and up to 5 % of it earlier where that
+    /// wakes the probes of several nodes together. After the breaker has opened the first
     /// comes after 100 ms (later if it opens again and again, see
     /// [`BreakerSettings::reopening`](crate::BreakerSettings::reopening)), and after a first success
     /// the next one, too.
