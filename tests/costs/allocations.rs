@@ -81,15 +81,15 @@ async fn gets(name: &str, client: &Client) {
     let hit = count(OPERATIONS, async |n| {
         black_box(client.get(&keys[n]).await.unwrap().unwrap());
     });
-    check(&format!("{name}: a hit"), hit.await, 1.0);
+    check(&format!("{name}: a hit"), hit.await, 2.0);
     let miss = count(OPERATIONS, async |_| {
         assert!(client.get("nothing").await.unwrap().is_none());
     });
-    check(&format!("{name}: a miss"), miss.await, 0.0);
+    check(&format!("{name}: a miss"), miss.await, 1.0);
 }
 
 #[test]
-fn a_get_that_hits_allocates_its_value_and_one_that_misses_nothing() {
+fn a_get_allocates_its_request_and_the_value_if_it_hits() {
     each_client(1, gets);
 }
 
@@ -105,7 +105,7 @@ fn a_long_key_is_one_allocation_more_and_a_prefix_none() {
         let counted = count(OPERATIONS / 2, async |n| {
             black_box(client.get(&long[n]).await.unwrap().unwrap());
         });
-        check(&format!("{name}: a long key"), counted.await, 2.0);
+        check(&format!("{name}: a long key"), counted.await, 3.0);
 
         let group = client.group("group").unwrap();
         let keys = filled(client, |n| format!("group:{n}")).await;
@@ -113,14 +113,14 @@ fn a_long_key_is_one_allocation_more_and_a_prefix_none() {
             let key = keys[n].strip_prefix("group:").unwrap();
             black_box(group.get(key).await.unwrap().unwrap());
         });
-        check(&format!("{name}: in a group"), counted.await, 1.0);
+        check(&format!("{name}: in a group"), counted.await, 2.0);
     });
 }
 
 /// What is written is kept until it is known to be written; a value that is borrowed is copied, and a copy that is
 /// shared is counted.
 #[test]
-fn a_write_allocates_its_key_and_a_borrowed_value_twice() {
+fn a_write_allocates_its_request_its_key_and_a_borrowed_value_twice() {
     each_client(1, async |name, client| {
         let keys = filled(client, |n| format!("key-{n}")).await;
         let counted = count(OPERATIONS / 2, async |n| {
@@ -130,7 +130,7 @@ fn a_write_allocates_its_key_and_a_borrowed_value_twice() {
         check(
             &format!("{name}: a set of shared bytes"),
             counted.await,
-            1.0,
+            2.0,
         );
         let counted = count(OPERATIONS / 2, async |n| {
             client
@@ -141,12 +141,12 @@ fn a_write_allocates_its_key_and_a_borrowed_value_twice() {
         check(
             &format!("{name}: a set of borrowed bytes"),
             counted.await,
-            3.0,
+            4.0,
         );
         let counted = count(OPERATIONS / 2, async |n| {
             client.delete(&keys[n]).await.unwrap();
         });
-        check(&format!("{name}: a delete"), counted.await, 1.0);
+        check(&format!("{name}: a delete"), counted.await, 2.0);
     });
 }
 
@@ -168,7 +168,7 @@ fn a_read_of_many_allocates_its_values_and_a_few_for_each_node() {
 
 /// The loader is not asked, but it might have been.
 #[test]
-fn a_read_through_that_hits_allocates_no_more_than_three_times() {
+fn a_read_through_that_hits_allocates_no_more_than_five_times() {
     each_client(1, async |name, client| {
         let keys = filled(client, |n| format!("key-{n}")).await;
         let counted = count(OPERATIONS / 2, async |n| {
@@ -178,7 +178,7 @@ fn a_read_through_that_hits_allocates_no_more_than_three_times() {
         let counted = counted.await;
         println!("{name}: {counted} for each hit");
         assert!(
-            (1.0..=3.0 + BESIDE).contains(&counted),
+            (1.0..=5.0 + BESIDE).contains(&counted),
             "{name}: {counted} allocations"
         );
     });
