@@ -78,7 +78,7 @@ where
             path: Path::Single {
                 single: Single {
                     shared: shared.clone(),
-                    tries: Tries::default(),
+                    tries: None,
                     wait: None,
                     moved: origin == Origin::Moved,
                     attempt: NodeFuture::new(node, addressed),
@@ -245,7 +245,8 @@ pin_project! {
     {
         shared: Arc<Shared<S>>,
         request: Request,
-        tries: Tries,
+        // Once one has failed.
+        tries: Option<Box<Tries>>,
         // Before the next attempt, which goes where the key belongs then.
         wait: Option<Pin<Box<Wait>>>,
         // Whether that attempt is away from home.
@@ -275,8 +276,9 @@ where
             if let Some(wait) = this.wait {
                 let closed = ready!(wait.as_mut().poll(cx));
                 *this.wait = None;
+                let sent = this.tries.get_or_insert_default().sent;
                 if closed {
-                    return Poll::Ready(Err(shut_down().after_attempts(this.tries.sent)));
+                    return Poll::Ready(Err(shut_down().after_attempts(sent)));
                 }
                 match shared.first(errand, at) {
                     Placed::At((node, origin)) => {
@@ -285,7 +287,6 @@ where
                         this.attempt.set(NodeFuture::new(node, request));
                     }
                     Placed::Settled(outcome) => {
-                        let sent = this.tries.sent;
                         return Poll::Ready(outcome.map_err(|error| error.after_attempts(sent)));
                     }
                 }
@@ -313,21 +314,22 @@ where
                 }
             };
             *this.hedge = None;
+            let tries = this.tries.get_or_insert_default();
             let failed_at = this.attempt.node().clone();
             let deadline = request.deadline();
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return Poll::Ready(Err(error.after_attempts(this.tries.sent)));
+                return Poll::Ready(Err(error.after_attempts(tries.sent)));
             }
-            let next = match shared.after(errand.operation, &failed_at, &error, this.tries) {
+            let next = match shared.after(errand.operation, &failed_at, &error, tries) {
                 After::GiveUp => None,
-                After::Move { paid } => shared.next(errand, this.tries, paid, at),
+                After::Move { paid } => shared.next(errand, tries, paid, at),
                 After::Wait(delay) => match shared.wait(delay, &failed_at, deadline) {
                     Ok(wait) => {
                         *this.wait = Some(Box::pin(wait));
                         continue;
                     }
                     Err(error) => {
-                        return Poll::Ready(Err(error.after_attempts(this.tries.sent)));
+                        return Poll::Ready(Err(error.after_attempts(tries.sent)));
                     }
                 },
             };
@@ -337,7 +339,7 @@ where
                     let request = shared.addressed(request, origin);
                     this.attempt.set(NodeFuture::new(node, request));
                 }
-                None => return Poll::Ready(Err(error.after_attempts(this.tries.sent))),
+                None => return Poll::Ready(Err(error.after_attempts(tries.sent))),
             }
         }
     }

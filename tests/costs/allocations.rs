@@ -141,7 +141,7 @@ fn a_write_allocates_its_request_its_key_and_a_borrowed_value_twice() {
         check(
             &format!("{name}: a set of borrowed bytes"),
             counted.await,
-            4.0,
+            3.0,
         );
         let counted = count(OPERATIONS / 2, async |n| {
             client.delete(&keys[n]).await.unwrap();
