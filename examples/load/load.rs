@@ -5,8 +5,9 @@
 //! of each request's latency, which counts from when it was due; and how late the thread was is told.
 //!
 //! The service is a few tasks, each of which drives many requests at once, as the task of an HTTP/2 connection does.
-//! What a task comes to only after the deadline is not asked of the client any more: nobody waits for it, and a
-//! server that works off what is too late does nothing else.
+//! It has a door: what it comes to only after the patience of a request is over (that of --p99) it refuses itself, as
+//! any service should, and the client is not asked. Where processors are what is short the queue is in front of the
+//! service, and nothing in the client can shed what it does not see.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -68,6 +69,8 @@ pub(crate) struct Target {
     items: Arc<[Item]>,
     wanted: Wanted,
     deadline: Duration,
+    /// How late the service may come to a request.
+    patience: Duration,
     /// Servers of ours that are processes.
     servers: Vec<Process>,
 }
@@ -83,7 +86,7 @@ impl Target {
     pub(crate) fn new(
         client: Client,
         wanted: Wanted,
-        deadline: Duration,
+        (deadline, patience): (Duration, Duration),
         servers: Vec<Process>,
     ) -> Self {
         let item = |number| {
@@ -99,6 +102,7 @@ impl Target {
             items: (0..KEYS).map(item).collect(),
             wanted,
             deadline,
+            patience,
             servers,
         }
     }
@@ -137,14 +141,14 @@ impl Target {
         let in_flight: Arc<[AtomicUsize]> = (0..TASKS).map(|_| AtomicUsize::new(0)).collect();
         let mut tasks = JoinSet::new();
         let senders = (0..TASKS).map(|number| {
-            // As far as a task may be behind: what is older has no time left.
-            let ticks = self.deadline.as_millis() as usize + 1;
+            // As far as a task may be behind.
+            let ticks = self.patience.as_millis() as usize + 1;
             let (sender, receiver) = mpsc::channel(ticks);
             let task = Task {
                 client: self.client.clone(),
                 items: self.items.clone(),
                 wanted: self.wanted,
-                deadline: self.deadline,
+                patience: self.patience,
                 board: board.clone(),
                 in_flight: in_flight.clone(),
                 number,
@@ -239,7 +243,7 @@ struct Task {
     client: Client,
     items: Arc<[Item]>,
     wanted: Wanted,
-    deadline: Duration,
+    patience: Duration,
     board: Arc<Board>,
     /// What each of them has.
     in_flight: Arc<[AtomicUsize]>,
@@ -281,13 +285,13 @@ impl Task {
     ) -> Vec<impl Future<Output = Ended> + Send + use<>> {
         let &Due { at, second, count } = due;
         let latency = at.elapsed();
-        if latency > self.deadline {
-            let expired = Ended {
+        if latency > self.patience {
+            let refused = Ended {
                 second,
                 latency,
-                ending: Ending::Expired,
+                ending: Ending::Refused,
             };
-            ended.extend((0..count).map(|_| expired));
+            ended.extend((0..count).map(|_| refused));
             return Vec::new();
         }
         let request = |_| {

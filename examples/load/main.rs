@@ -102,7 +102,8 @@ fn play(options: &Options, scenario: Scenario, service: &Runtime) -> Result<Run,
     let client = builder.build()?;
     service.block_on(async {
         let wanted = scenario.wanted();
-        let target = Target::new(client, wanted, options.deadline, cluster.processes());
+        let times = (options.deadline, options.p99);
+        let target = Target::new(client, wanted, times, cluster.processes());
         let filled = target.fill().await;
         filled.map_err(|error| format!("the cache could not be filled: {error}"))?;
         let run = Stage::new(options, &target, scenario).play().await;

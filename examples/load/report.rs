@@ -9,8 +9,8 @@ use crate::tally::Second;
 
 pub(crate) fn introduce(options: &Options) -> String {
     format!(
-        "{GETS_PERCENT} % gets of {VALUE_SIZE}-byte values, {KEYS} keys; good is what is answered correctly within \
-         {} ms of being due.\n\
+        "{GETS_PERCENT} % gets of {VALUE_SIZE}-byte values, {KEYS} keys; good is what is answered correctly, and no miss, \
+         within {} ms of being due.\n\
          Latencies are from when a request was due. CPU is in % of one core: of the service's threads, with what the \
          client does on them, and of the client's own.",
         options.deadline.as_millis(),
@@ -72,8 +72,8 @@ pub(crate) fn row(number: usize, name: &str, second: &Second) -> String {
     for (kind, count) in &second.errors {
         row += &format!("  {} {kind:?}", thousands(*count));
     }
-    if second.expired > 0 {
-        row += &format!("  {} too late for the client", thousands(second.expired));
+    if second.refused > 0 {
+        row += &format!("  {} refused by the service", thousands(second.refused));
     }
     if second.wrong > 0 {
         row += &format!("  {} WRONG", second.wrong);

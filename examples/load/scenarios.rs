@@ -14,6 +14,9 @@ const GOOD_SHARE: f64 = 0.99;
 /// Past it, goodput is so much of the best that was seen.
 const KEPT_SHARE: f64 = 0.90;
 
+/// And so much at most fails in another way than by being shed.
+const FAILED_SHARE: f64 = 0.01;
+
 /// The ramp goes up by this, until it breaks, and then once more by this from the last step that was good.
 const STEEP: f64 = 1.5;
 const GENTLE: f64 = 1.1;
@@ -238,8 +241,8 @@ impl<'a> Stage<'a> {
         self.run.notes.push(report::past(&hold));
         if hold.reached_the_client() < GOOD_SHARE * hold.load() {
             let behind = format!(
-                "the service itself was behind: of {} requests/s that were due it gave the client {} before their \
-                 deadline. Processor time is what this machine lacks",
+                "the service itself was behind: of {} requests/s it gave the client {}, and refused the rest. Processor \
+                 time is what this machine lacks",
                 report::thousands(hold.load() as u64),
                 report::thousands(hold.reached_the_client() as u64),
             );
@@ -253,6 +256,12 @@ impl<'a> Stage<'a> {
             KEPT_SHARE * 100.0,
         );
         self.run.judge(share >= KEPT_SHARE, says);
+        let says = format!(
+            "{:.2} % failed or were given up otherwise than by being shed (at most {:.0} %)",
+            hold.failed_share() * 100.0,
+            FAILED_SHARE * 100.0,
+        );
+        self.run.judge(hold.failed_share() <= FAILED_SHARE, says);
         let shed = hold.shed.quantile(0.99);
         let says = format!(
             "{} were shed, 99 % of them in {} ms (at most {} ms)",

@@ -39,13 +39,13 @@ impl Latencies {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
     Right,
-    /// As right as a hit.
+    /// Every key was stored, so it has been given up since.
     Miss,
     /// A value that is not the key's.
     Wrong,
     Failed(ErrorKind),
-    /// The service came to it only after its deadline, and did not ask the client any more.
-    Expired,
+    /// By the service itself, which came to it too late to ask the client.
+    Refused,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -63,12 +63,12 @@ pub(crate) struct Second {
     pub(crate) seconds: u32,
     /// Requests that were due.
     pub(crate) offered: u64,
-    /// Answered correctly, by the deadline.
+    /// Answered with what was stored, or stored, by the deadline.
     pub(crate) good: u64,
     pub(crate) misses: u64,
     pub(crate) wrong: u64,
-    /// Never given to the client, as the service came to them too late.
-    pub(crate) expired: u64,
+    /// Never given to the client: by the service, which was too far behind.
+    pub(crate) refused: u64,
     /// Errors other than those of what was shed.
     pub(crate) errors: Vec<(ErrorKind, u64)>,
     /// Of what was answered, in time or not.
@@ -93,7 +93,7 @@ impl Second {
             good: 0,
             misses: 0,
             wrong: 0,
-            expired: 0,
+            refused: 0,
             errors: Vec::new(),
             answered: Latencies::new(),
             shed: Latencies::new(),
@@ -107,13 +107,17 @@ impl Second {
 
     fn record(&mut self, ended: &Ended, deadline: Duration) {
         match ended.ending {
-            Ending::Right | Ending::Miss => {
+            Ending::Right => {
                 self.answered.record(ended.latency);
                 self.good += u64::from(ended.latency <= deadline);
-                self.misses += u64::from(ended.ending == Ending::Miss);
+            }
+            // No error, but the server had less to do than for a hit.
+            Ending::Miss => {
+                self.answered.record(ended.latency);
+                self.misses += 1;
             }
             Ending::Wrong => self.wrong += 1,
-            Ending::Expired => self.expired += 1,
+            Ending::Refused => self.refused += 1,
             Ending::Failed(ErrorKind::Overloaded) => self.shed.record(ended.latency),
             Ending::Failed(kind) => {
                 self.failed.record(ended.latency);
@@ -131,7 +135,7 @@ impl Second {
 
     /// Of all that has become something.
     pub(crate) fn ended(&self) -> u64 {
-        self.answered.count() + self.shed.count() + self.failed.count() + self.wrong + self.expired
+        self.answered.count() + self.shed.count() + self.failed.count() + self.wrong + self.refused
     }
 
     pub(crate) fn failures(&self) -> u64 {
@@ -154,7 +158,12 @@ impl Second {
 
     /// What the client was given in time, a second.
     pub(crate) fn reached_the_client(&self) -> f64 {
-        (self.offered - self.expired) as f64 / f64::from(self.seconds)
+        (self.offered - self.refused) as f64 / f64::from(self.seconds)
+    }
+
+    /// Errors that are not of what was shed, and misses.
+    pub(crate) fn failed_share(&self) -> f64 {
+        (self.failures() + self.misses) as f64 / self.offered.max(1) as f64
     }
 
     /// Several as one.
@@ -167,7 +176,7 @@ impl Second {
             sum.good += second.good;
             sum.misses += second.misses;
             sum.wrong += second.wrong;
-            sum.expired += second.expired;
+            sum.refused += second.refused;
             for &(kind, count) in &second.errors {
                 sum.count_errors(kind, count);
             }
@@ -217,7 +226,7 @@ impl Board {
         let second = &mut self.lock()[second];
         second.offered += count;
         second.lag.record(lag);
-        second.expired += refused;
+        second.refused += refused;
     }
 
     /// So much was in flight, and in memory.
