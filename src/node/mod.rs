@@ -27,6 +27,7 @@ mod probe;
 mod settings;
 mod shared;
 mod shutdown;
+mod throttle;
 
 use std::fmt;
 use std::future::Future;

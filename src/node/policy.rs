@@ -90,6 +90,12 @@ impl Policy {
         terms.settings.slow_call.unwrap_or(terms.attempt / 2)
     }
 
+    /// The same, if lateness is to have consequences.
+    pub(super) fn answers_within(&self) -> Option<Duration> {
+        let matters = self.terms.load().settings.slow_call_rate <= 100;
+        matters.then(|| self.slow_after())
+    }
+
     /// Forgets everything: the node is a new one, in effect.
     pub(super) fn reset(&self) {
         self.timeouts.store(0, Ordering::Relaxed);

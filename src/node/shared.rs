@@ -18,8 +18,8 @@ use super::latency::Latencies;
 use super::leftovers::Leftovers;
 use super::policy::{Policy, Trip};
 use super::probe::{self, Asker, CANARY_SIZE};
+use super::throttle::Throttle;
 use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, keeper};
-use crate::bulkhead::Limit;
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
@@ -47,7 +47,7 @@ pub(crate) struct Shared {
     pub(super) latencies: Latencies,
     pub(super) meters: NodeMeters,
     /// Nobody waits for a place.
-    places: Limit,
+    throttle: Throttle,
     /// Requests that wait for it to be back.
     pub(super) waiting: AtomicUsize,
     /// What a request gets while the gate is shut.
@@ -121,7 +121,7 @@ impl Shared {
             journal: book.journal.clone(),
             latencies: Latencies::default(),
             meters: NodeMeters::new(&name, &Verdict::OUTCOMES),
-            places: Limit::new(settings.max_in_flight, 0),
+            throttle: Throttle::new(settings.max_in_flight),
             waiting: AtomicUsize::new(0),
             unavailable: ArcSwapOption::empty(),
             ejections: AtomicU64::new(0),
@@ -169,7 +169,7 @@ impl Shared {
         self.policy
             .apply(settings.breaker.clone(), settings.attempt_timeout);
         self.gate.apply(settings.gate());
-        self.places.set(settings.max_in_flight, 0);
+        self.throttle.configure(settings.max_in_flight);
         self.settings.store(Arc::new(settings));
         if let Some(own) = &self.transport {
             own.apply(transport);
@@ -575,7 +575,7 @@ impl Shared {
 
     /// Requests at it now.
     pub(super) fn in_flight(&self) -> usize {
-        self.places.in_flight()
+        self.throttle.places().in_flight()
     }
 
     /// Takes a place among the requests in flight, to be given back with [`Self::leave`].
@@ -584,13 +584,13 @@ impl Shared {
         if self.gate.is_shut() {
             return Err(self.unavailable());
         }
+        let places = self.throttle.places();
         let entered = match origin {
-            Origin::Home => self.places.try_enter(),
-            Origin::Moved => self.places.try_enter_half(),
+            Origin::Home => places.try_enter(),
+            Origin::Moved => places.try_enter_half(),
         };
         if !entered {
-            let error = Error::new(ErrorKind::Overloaded, "its in-flight limit is reached");
-            return Err(error.at_node(&self.name));
+            return Err(self.full());
         }
         if asked.blind
             && let Some(key) = asked.written()
@@ -600,8 +600,18 @@ impl Shared {
         Ok(())
     }
 
+    fn full(&self) -> Error {
+        let mut message = "its in-flight limit is reached";
+        if self.throttle.is_lowered() {
+            let may = self.policy.slow_after();
+            self.throttle.refused(may, Instant::now());
+            message = "it answers late, and has as many requests as it may have meanwhile";
+        }
+        Error::new(ErrorKind::Overloaded, message).at_node(&self.name)
+    }
+
     pub(super) fn leave(&self) {
-        self.places.leave();
+        self.throttle.places().leave();
     }
 
     /// Learns from the outcome of a request, begun then; `None` if its future was dropped.
@@ -682,9 +692,18 @@ impl Shared {
 
     fn answered(self: &Arc<Self>, elapsed: Duration, started: Instant, now: Instant) {
         self.policy.answered(1, now);
-        if elapsed > self.policy.slow_after()
-            && let Some(trip) = self.policy.slow(1, started, now)
-        {
+        if elapsed > self.policy.slow_after() {
+            self.slow(1, started, now);
+        }
+    }
+
+    /// So many were answered late, the first of them sent then.
+    fn slow(self: &Arc<Self>, requests: u32, sent_at: Instant, now: Instant) {
+        if let Some(may) = self.policy.answers_within() {
+            let took = now.saturating_duration_since(sent_at);
+            self.throttle.slow(took, may, now);
+        }
+        if let Some(trip) = self.policy.slow(requests, sent_at, now) {
             self.trip(trip, None);
         }
     }
@@ -822,9 +841,7 @@ impl Watch {
                 }
             }
             Event::Slow { requests, sent_at } => {
-                if let Some(trip) = self.policy.slow(*requests, *sent_at, Instant::now()) {
-                    shared.trip(trip, None);
-                }
+                shared.slow(*requests, *sent_at, Instant::now());
             }
             Event::InDoubt { .. } | Event::DoubtEnds { .. } => {}
         }

@@ -1,0 +1,191 @@
+//! How many requests a node may have while it answers late.
+//!
+//! Requests that a node is given beyond what it can do wait at it, each for all before it, until all of them are too
+//! late: it does nothing else then but what nobody waits for any more. So when answers come late the limit is lowered
+//! to what it can answer in time. By Little's law so many are at a node as it answers in the time that each takes;
+//! if that is twice the time it may take, half as many are what it can do. While requests are refused for it the
+//! limit rises again, little by little, to the configured one; so goodput stays at what the node can do, whatever
+//! that is, and what is too much is refused at once.
+//!
+//! Nothing of it is on the way of a request that is answered in time.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::bulkhead::Limit;
+
+/// It is not lowered under this: so few are no overload, and a node that is slow with them is so by itself.
+const LEAST: usize = 32;
+
+/// It is lowered to so much of what would take all the time there is, so that most answers are not late while it
+/// rises again.
+const SHARE: f64 = 0.5;
+
+/// It rises by a part of itself: one in so many.
+const RISE: usize = 32;
+
+/// The places of a node.
+#[derive(Debug)]
+pub(super) struct Throttle {
+    places: Limit,
+    /// As configured.
+    most: AtomicUsize,
+    /// As it is now; under its lock it is changed, and nowhere else.
+    limit: AtomicUsize,
+    changing: Mutex<()>,
+    began: Instant,
+    /// When it may be changed again, in microseconds since it began: what a change does shows only after a while.
+    next: AtomicU64,
+}
+
+impl Throttle {
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            places: Limit::new(most, 0),
+            most: AtomicUsize::new(most),
+            limit: AtomicUsize::new(most),
+            changing: Mutex::new(()),
+            began: Instant::now(),
+            next: AtomicU64::new(0),
+        }
+    }
+
+    /// Another limit from now on.
+    pub(super) fn configure(&self, most: usize) {
+        self.most.store(most, Ordering::Relaxed);
+        self.change(|_, most| most);
+    }
+
+    pub(super) fn places(&self) -> &Limit {
+        &self.places
+    }
+
+    /// How many may be in flight now.
+    pub(super) fn limit(&self) -> usize {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Whether that is less than configured.
+    pub(super) fn is_lowered(&self) -> bool {
+        self.limit() < self.most.load(Ordering::Relaxed)
+    }
+
+    /// An answer took so long, which is longer than it may.
+    pub(super) fn slow(&self, took: Duration, may: Duration, now: Instant) {
+        // Sooner than it may rise: what has come to much comes to too much soon.
+        if took <= may || !self.turn(may / 2, now) {
+            return;
+        }
+        let in_time = may.as_secs_f64() / took.as_secs_f64();
+        let fits = (self.places.in_flight() as f64 * in_time * SHARE) as usize;
+        self.change(|limit, most| fits.max(LEAST.min(most)).min(limit));
+    }
+
+    /// One was refused.
+    pub(super) fn refused(&self, may: Duration, now: Instant) {
+        if self.is_lowered() && self.turn(may, now) {
+            self.change(|limit, most| (limit + limit / RISE + 1).min(most));
+        }
+    }
+
+    /// Whether it is time for a change; to one of those who ask.
+    fn turn(&self, pause: Duration, now: Instant) -> bool {
+        let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let now = micros(now.saturating_duration_since(self.began));
+        let next = self.next.load(Ordering::Relaxed);
+        let following = now.saturating_add(micros(pause));
+        now >= next
+            && self
+                .next
+                .compare_exchange(next, following, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+    }
+
+    fn change(&self, to: impl FnOnce(usize, usize) -> usize) {
+        let changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = to(self.limit(), self.most.load(Ordering::Relaxed));
+        self.limit.store(limit, Ordering::Relaxed);
+        // Nobody waits in its queue, so nobody is woken.
+        self.places.set(limit, 0);
+        drop(changing);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAY: Duration = Duration::from_millis(15);
+
+    fn after(throttle: &Throttle, millis: u64) -> Instant {
+        throttle.began + Duration::from_millis(millis)
+    }
+
+    fn enter(throttle: &Throttle, count: usize) {
+        for _ in 0..count {
+            assert!(throttle.places().try_enter());
+        }
+    }
+
+    #[test]
+    fn late_answers_lower_the_limit_to_what_can_be_answered_in_time() {
+        let throttle = Throttle::new(16_384);
+        enter(&throttle, 1_000);
+        throttle.slow(MAY, MAY, after(&throttle, 20));
+        assert!(!throttle.is_lowered(), "in time is not late");
+        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        assert_eq!(throttle.limit(), 250);
+        assert!(!throttle.places().try_enter(), "who is inside stays");
+        // All that is late together is one event.
+        throttle.slow(MAY * 4, MAY, after(&throttle, 21));
+        assert_eq!(throttle.limit(), 250);
+        throttle.slow(MAY * 4, MAY, after(&throttle, 28));
+        assert_eq!(throttle.limit(), 125);
+        // It does not rise by an answer that is late.
+        throttle.slow(MAY + MAY / 8, MAY, after(&throttle, 40));
+        assert_eq!(throttle.limit(), 125);
+    }
+
+    #[test]
+    fn few_requests_are_no_overload_however_late_their_answers_are() {
+        for (most, least) in [(16_384, LEAST), (10, 10)] {
+            let throttle = Throttle::new(most);
+            enter(&throttle, least);
+            throttle.slow(MAY * 100, MAY, after(&throttle, 20));
+            assert_eq!(throttle.limit(), least);
+        }
+    }
+
+    #[test]
+    fn the_limit_rises_while_requests_are_refused_and_no_further_than_configured() {
+        let throttle = Throttle::new(1_000);
+        enter(&throttle, 400);
+        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        assert_eq!(throttle.limit(), 100);
+        throttle.refused(MAY, after(&throttle, 21));
+        assert_eq!(throttle.limit(), 100, "too soon");
+        let mut now = 100;
+        while throttle.is_lowered() {
+            let before = throttle.limit();
+            throttle.refused(MAY, after(&throttle, now));
+            assert!(throttle.limit() > before);
+            now += 15;
+            assert!(now < 1_500, "it takes too long");
+        }
+        assert_eq!(throttle.limit(), 1_000);
+        throttle.refused(MAY, after(&throttle, now + 100));
+        assert_eq!(throttle.limit(), 1_000);
+    }
+
+    #[test]
+    fn another_configuration_replaces_what_was_learnt() {
+        let throttle = Throttle::new(1_000);
+        enter(&throttle, 400);
+        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        throttle.configure(500);
+        assert_eq!((throttle.limit(), throttle.is_lowered()), (500, false));
+    }
+}

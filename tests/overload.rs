@@ -1,0 +1,95 @@
+//! More requests than a node can answer: what is too much is refused, and the rest is answered in time.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tower::{BoxError, Service as _, service_fn};
+use tower_memcached::{ErrorKind, Executor, Key, Node, NodeSettings, Operation, Request, Response};
+
+/// Requests a second.
+const CAPACITY: u32 = 10_000;
+
+const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(30);
+const SECONDS: u64 = 3;
+
+/// How long it may take until it is known how much is too much.
+const LEARNING: Duration = Duration::from_millis(500);
+
+/// When a request was due, when it ended, and how.
+type Ended = (Instant, Instant, Result<Response, ErrorKind>);
+
+/// A node that answers one request after the other, a thousand in a tenth of a second, whether or not anybody waits
+/// for it any more, and how loads of so many requests a second end there. Also whether it was ejected.
+async fn offer(rate: u64) -> (Vec<Ended>, bool) {
+    let busy_until = Arc::new(Mutex::new(Instant::now()));
+    let service = service_fn(move |_: Request| {
+        let mut busy_until = busy_until.lock().unwrap();
+        *busy_until = (*busy_until).max(Instant::now()) + Duration::from_secs(1) / CAPACITY;
+        let answered_at = *busy_until;
+        async move {
+            sleep_until(answered_at).await;
+            Ok::<_, BoxError>(Response::Value(None))
+        }
+    });
+    let settings = NodeSettings::default().attempt_timeout(ATTEMPT_TIMEOUT);
+    let node = Node::new("n", service, settings, &Executor::current()).unwrap();
+    let mut requests = JoinSet::new();
+    let start = Instant::now();
+    let mut ejected = false;
+    for millisecond in 0..SECONDS * 1_000 {
+        let due = start + Duration::from_millis(millisecond);
+        sleep_until(due).await;
+        for _ in 0..rate / 1_000 {
+            let mut node = node.clone();
+            let operation = Operation::Get {
+                key: Key::new("k").unwrap(),
+                with_cas: false,
+            };
+            requests.spawn(async move {
+                let outcome = node.call(Request::new(operation)).await;
+                (due, Instant::now(), outcome.map_err(|error| error.kind()))
+            });
+        }
+        ejected |= node.is_open();
+    }
+    (requests.join_all().await, ejected)
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_its_capacity_nothing_is_refused() {
+    let (ended, ejected) = offer(u64::from(CAPACITY) * 9 / 10).await;
+    assert!(ended.iter().all(|(_, _, outcome)| outcome.is_ok()));
+    assert!(!ejected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn past_its_capacity_it_answers_as_much_as_it_can_and_the_rest_is_refused_at_once() {
+    for times in [2, 3] {
+        let rate = u64::from(CAPACITY) * times;
+        let start = Instant::now();
+        let (ended, ejected) = offer(rate).await;
+        assert!(!ejected, "{times} times its capacity");
+        let learnt = ended.iter().filter(|(due, ..)| *due >= start + LEARNING);
+        let (mut good, mut refused) = (0, 0);
+        for (due, at, outcome) in learnt {
+            let took = at.duration_since(*due);
+            match outcome {
+                Ok(_) => {
+                    good += 1;
+                    assert!(took < ATTEMPT_TIMEOUT, "answered after {took:?}");
+                }
+                Err(ErrorKind::Overloaded) => {
+                    refused += 1;
+                    assert!(took.is_zero(), "refused after {took:?}");
+                }
+                Err(kind) => panic!("{kind:?} after {took:?}"),
+            }
+        }
+        let time = Duration::from_secs(SECONDS) - LEARNING;
+        let most = f64::from(CAPACITY) * time.as_secs_f64();
+        assert!(f64::from(good) >= most * 0.9, "{good} of {most} are good");
+        assert_eq!(u64::from((good + refused) as u32), rate * 5 / 2);
+    }
+}
