@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::ops::Range;
 use std::path::Path;
+use std::time::Duration;
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -11,7 +12,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::options::Options;
 use crate::report::thousands;
 use crate::scenarios::Run;
-use crate::tally::Second;
+use crate::tally::{Latencies, Second};
 
 const SIZE: (u32, u32) = (1280, 720);
 const HEAD: u32 = 124;
@@ -25,55 +26,83 @@ const SHADE: RGBColor = RGBColor(246, 240, 222);
 // Of Okabe and Ito's palette, which everybody can tell apart.
 const OFFERED: RGBColor = RGBColor(150, 150, 150);
 const GOOD: RGBColor = RGBColor(0, 114, 178);
-const SHED: RGBColor = RGBColor(213, 94, 0);
+const SHED: RGBColor = RGBColor(230, 159, 0);
+const FAILED: RGBColor = RGBColor(213, 94, 0);
+const REFUSED: RGBColor = RGBColor(204, 121, 167);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
 
 /// What is drawn of each second, how, and what it is called.
 struct Line {
-    value: fn(&Second) -> f64,
+    /// `None` if there was nothing of the kind.
+    value: fn(&Second) -> Option<f64>,
     colour: RGBColor,
     says: &'static str,
 }
 
-const LOADS: [Line; 3] = [
+const LOADS: [Line; 5] = [
     Line {
-        value: |second| second.offered as f64,
+        value: |second| Some(second.offered as f64),
         colour: OFFERED,
         says: "offered",
     },
     Line {
-        value: |second| second.shed.count() as f64,
-        colour: SHED,
-        says: "shed",
+        value: |second| some(second.refused),
+        colour: REFUSED,
+        says: "refused by the service",
     },
     Line {
-        value: |second| second.good as f64,
+        value: |second| some(second.shed.count()),
+        colour: SHED,
+        says: "shed by the client",
+    },
+    Line {
+        value: |second| some(second.failures() + second.misses),
+        colour: FAILED,
+        says: "failed",
+    },
+    Line {
+        value: |second| Some(second.good as f64),
         colour: GOOD,
         says: "good",
     },
 ];
 
 /// On a logarithmic scale: of the power of ten.
-const LATENCIES: [Line; 2] = [
+const LATENCIES: [Line; 3] = [
     Line {
-        value: |second| power(second.shed.quantile(0.99).as_secs_f64()),
+        value: |second| p99(&second.shed),
         colour: SHED,
         says: "",
     },
     Line {
-        value: |second| power(second.answered.quantile(0.99).as_secs_f64()),
+        value: |second| p99(&second.failed),
+        colour: FAILED,
+        says: "",
+    },
+    Line {
+        value: |second| p99(&second.answered),
         colour: GOOD,
         says: "",
     },
 ];
 
+fn some(count: u64) -> Option<f64> {
+    (count > 0).then_some(count as f64)
+}
+
+fn p99(latencies: &Latencies) -> Option<f64> {
+    let known = latencies.count() > 0;
+    known.then(|| power(latencies.quantile(0.99)))
+}
+
 const LEAST_POWER: f64 = -1.0;
 
 /// Of milliseconds.
-fn power(seconds: f64) -> f64 {
-    (seconds * 1_000.0).log10().max(LEAST_POWER)
+fn power(duration: Duration) -> f64 {
+    let milliseconds = duration.as_secs_f64() * 1_000.0;
+    milliseconds.log10().max(LEAST_POWER)
 }
 
 pub(crate) fn draw(file: &Path, options: &Options, run: &Run) -> Drawn {
@@ -92,7 +121,7 @@ pub(crate) fn draw(file: &Path, options: &Options, run: &Run) -> Drawn {
     }
     .draw(&above, run)?;
     Panel {
-        y: LEAST_POWER..power(options.deadline.as_secs_f64() * 3.0),
+        y: LEAST_POWER..power(options.deadline * 3),
         lines: &LATENCIES,
         tick: |power| match 10f64.powf(*power) {
             value if value < 1.0 => format!("{value:.1} ms"),
@@ -114,7 +143,7 @@ fn title(area: &Area<'_>, options: &Options, run: &Run) -> Drawn {
     area.draw(&Text::new(run.scenario.title(), (30, 18), text(30, INK)))?;
     area.draw(&Text::new(subtitle, (30, 58), text(18, FAINT)))?;
     for (line, number) in LOADS.iter().zip(0..) {
-        let (x, y) = (116 + number * 150, 104);
+        let (x, y) = (116 + number * 225, 104);
         let style = line.colour.stroke_width(4);
         area.draw(&PathElement::new(vec![(x, y), (x + 45, y)], style))?;
         let style = anchored(18, INK, HPos::Left, VPos::Center);
@@ -176,7 +205,7 @@ impl Panel<'_> {
             .bold_line_style(GRID)
             .axis_style(FAINT)
             .x_labels(x_labels)
-            .y_labels(7)
+            .y_labels(6)
             .x_label_formatter(&|second| format!("{second:.0}"))
             .y_label_formatter(&self.tick)
             .label_style(text(17, INK))
@@ -184,14 +213,20 @@ impl Panel<'_> {
             .x_desc(self.x_title)
             .y_desc(self.y_title)
             .draw()?;
+        let seconds: Vec<&Second> = run.seconds().collect();
         for line in self.lines {
-            let values = run.seconds().map(line.value).enumerate();
-            let steps = values.flat_map(|(second, value)| {
-                let from = second as f64;
-                [(from, value), (from + 1.0, value)]
-            });
-            let path = PathElement::new(steps.collect::<Vec<_>>(), line.colour.stroke_width(3));
-            chart.draw_series([path])?;
+            // A path for each stretch in which there was something.
+            let values: Vec<_> = seconds.iter().map(|second| (line.value)(second)).collect();
+            let numbered: Vec<_> = values.into_iter().enumerate().collect();
+            for stretch in numbered.chunk_by(|one, next| one.1.is_some() == next.1.is_some()) {
+                let steps = stretch.iter().filter_map(|&(second, value)| {
+                    let from = second as f64;
+                    value.map(|value| [(from, value), (from + 1.0, value)])
+                });
+                let steps: Vec<_> = steps.flatten().collect();
+                let path = PathElement::new(steps, line.colour.stroke_width(3));
+                chart.draw_series([path])?;
+            }
         }
         Ok(())
     }

@@ -87,8 +87,9 @@ fn run_all(options: &Options) -> Result<Vec<Run>, Box<dyn Error>> {
 /// Each with servers and a client of its own, which know nothing of what was before.
 fn play(options: &Options, scenario: Scenario, service: &Runtime) -> Result<Run, Box<dyn Error>> {
     let mut cluster = Cluster::start(options.servers.as_deref(), options.nodes)?;
-    if scenario == Scenario::Limited {
-        cluster.limit(options.capacity)?;
+    let capacity = options.capacity_in(scenario);
+    if let Some(capacity) = capacity {
+        cluster.limit(capacity)?;
     }
     let nodes = cluster.addresses();
     println!(
@@ -106,7 +107,7 @@ fn play(options: &Options, scenario: Scenario, service: &Runtime) -> Result<Run,
         let target = Target::new(client, wanted, times, cluster.processes());
         let filled = target.fill().await;
         filled.map_err(|error| format!("the cache could not be filled: {error}"))?;
-        let run = Stage::new(options, &target, scenario).play().await;
+        let run = Stage::new(options, &target, scenario).play(capacity).await;
         target.client.shutdown(Duration::from_secs(1)).await;
         Ok(run)
     })

@@ -27,7 +27,8 @@ latency of each counts from when it was due.
   --seconds N           how long each load lasts; a step of the ramp takes a fifth [10]
   --deadline MS         milliseconds; what is answered correctly so soon after it was due is good [100]
   --p99 MS              before the knee, 99 % are answered in this [25]
-  --capacity N          answers a second in limited, from all nodes [20000]
+  --capacity N          servers of ours give only so many answers a second, all together, in every scenario
+                        [20000 in limited, no limit in the others]
   --max-in-flight N     the client's limit for each node [its default, 16384]
   --svg DIR             where to draw each scenario, as load-NAME.svg [.]
   --help                this
@@ -47,9 +48,17 @@ pub(crate) struct Options {
     pub(crate) seconds: u32,
     pub(crate) deadline: Duration,
     pub(crate) p99: Duration,
-    pub(crate) capacity: u64,
+    pub(crate) capacity: Option<u64>,
     pub(crate) max_in_flight: Option<usize>,
     pub(crate) svg: PathBuf,
+}
+
+impl Options {
+    /// How many answers a second the servers give in a scenario, if that is limited.
+    pub(crate) fn capacity_in(&self, scenario: Scenario) -> Option<u64> {
+        let limited = (scenario == Scenario::Limited).then_some(20_000);
+        self.capacity.or(limited)
+    }
 }
 
 pub(crate) enum Parsed {
@@ -68,7 +77,7 @@ pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parse
         seconds: 10,
         deadline: Duration::from_millis(100),
         p99: Duration::from_millis(25),
-        capacity: 20_000,
+        capacity: None,
         max_in_flight: None,
         svg: ".".into(),
     };
@@ -91,7 +100,7 @@ pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parse
             "--seconds" => options.seconds = number(3_600)? as u32,
             "--deadline" => options.deadline = Duration::from_millis(number(60_000)?),
             "--p99" => options.p99 = Duration::from_millis(number(60_000)?),
-            "--capacity" => options.capacity = number(MAX_RATE)?,
+            "--capacity" => options.capacity = Some(number(MAX_RATE)?),
             "--max-in-flight" => options.max_in_flight = Some(number(1 << 30)? as usize),
             "--svg" => options.svg = value.into(),
             _ => return Err(format!("there is no option {option}")),
@@ -113,6 +122,9 @@ pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parse
             vec![named.ok_or_else(|| format!("--scenario is {names} or all, not {name:?}"))?]
         }
     };
+    if options.servers.is_some() && options.capacity.is_some() {
+        return Err("--capacity is of servers of ours: no --servers".to_owned());
+    }
     if options.p99 > options.deadline {
         return Err("--p99 is no more than --deadline".to_owned());
     }

@@ -19,7 +19,7 @@ pub(crate) fn introduce(options: &Options) -> String {
 
 pub(crate) fn header(scenario: Scenario, nodes: usize, what: &str) -> String {
     format!(
-        "\n{}: {}\n{nodes} {what}\n{:>4}  {:<8}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>8}{:>6}{:>5}  {}",
+        "\n{}: {}\nnodes: {nodes}, {what}\n{:>4}  {:<8}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>8}{:>6}{:>5}  {}",
         scenario.name(),
         scenario.title(),
         "s",

@@ -129,12 +129,15 @@ impl<'a> Stage<'a> {
         }
     }
 
-    pub(crate) async fn play(mut self) -> Run {
+    /// `capacity` is that of the servers, where it is known.
+    pub(crate) async fn play(mut self, capacity: Option<u64>) -> Run {
         match self.run.scenario {
             Scenario::Normal => self.normal().await,
             Scenario::Burst | Scenario::OneKey => self.burst().await,
-            Scenario::Ramp => self.ramp(self.options.rate).await,
-            Scenario::Limited => self.ramp((self.options.capacity / 4).max(LEAST_RATE)).await,
+            Scenario::Ramp | Scenario::Limited => {
+                let start = capacity.map_or(self.options.rate, |capacity| capacity / 4);
+                self.ramp(start.max(LEAST_RATE)).await;
+            }
         }
         let all = Second::sum(self.run.seconds());
         let wrong = format!("{} values were wrong", all.wrong);

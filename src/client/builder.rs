@@ -241,7 +241,8 @@ impl<L, N> ClientBuilder<L, N> {
     }
 
     /// How many requests each node may have at once, queued or sent; 16,384 by default. More fail
-    /// at once with [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded).
+    /// at once with [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded). While a node answers late
+    /// it may have fewer: [`NodeSettings::max_in_flight`](crate::NodeSettings::max_in_flight).
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {
         self.config.max_in_flight = requests;

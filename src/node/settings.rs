@@ -39,6 +39,11 @@ impl NodeSettings {
 
     /// How many requests the node may have at once; 16,384 by default. Requests moved here from
     /// another node may use half of it.
+    ///
+    /// While its answers are [slow](BreakerSettings::slow_call) it may have fewer: what it can answer
+    /// in half of that time, as far as its answers tell, but 32 in any case. Nothing but more requests
+    /// than that raises it again, by a few percent at a time. With a
+    /// [`slow_call_rate`](BreakerSettings::slow_call_rate) over 100 it is never lowered.
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {
         self.max_in_flight = requests;

@@ -358,6 +358,7 @@ impl Shared {
             cause,
             last_cause,
             in_flight: self.in_flight(),
+            max_in_flight: self.throttle.limit(),
             connections: transport.map_or(0, Transport::connections_up),
             protocol: transport.and_then(Transport::protocol),
             journal: self.journal.len(),
