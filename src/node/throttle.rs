@@ -37,8 +37,10 @@ pub(super) struct Throttle {
     limit: AtomicUsize,
     changing: Mutex<()>,
     began: Instant,
-    /// When it may be changed again, in microseconds since it began: what a change does shows only after a while.
-    next: AtomicU64,
+    /// When it may be lowered, or raised, again, in microseconds since it began: what a change does shows only after a
+    /// while.
+    lowers: AtomicU64,
+    rises: AtomicU64,
 }
 
 impl Throttle {
@@ -49,7 +51,8 @@ impl Throttle {
             limit: AtomicUsize::new(most),
             changing: Mutex::new(()),
             began: Instant::now(),
-            next: AtomicU64::new(0),
+            lowers: AtomicU64::new(0),
+            rises: AtomicU64::new(0),
         }
     }
 
@@ -75,8 +78,14 @@ impl Throttle {
 
     /// An answer took so long, which is longer than it may.
     pub(super) fn slow(&self, took: Duration, may: Duration, now: Instant) {
+        if took <= may {
+            return;
+        }
+        let micros = self.micros(now);
+        self.rises
+            .fetch_max(micros + in_micros(may), Ordering::Relaxed);
         // Sooner than it may rise: what has come to much comes to too much soon.
-        if took <= may || !self.turn(may / 2, now) {
+        if !turn(&self.lowers, micros, may / 2) {
             return;
         }
         let in_time = may.as_secs_f64() / took.as_secs_f64();
@@ -86,22 +95,13 @@ impl Throttle {
 
     /// One was refused.
     pub(super) fn refused(&self, may: Duration, now: Instant) {
-        if self.is_lowered() && self.turn(may, now) {
+        if self.is_lowered() && turn(&self.rises, self.micros(now), may) {
             self.change(|limit, most| (limit + limit / RISE + 1).min(most));
         }
     }
 
-    /// Whether it is time for a change; to one of those who ask.
-    fn turn(&self, pause: Duration, now: Instant) -> bool {
-        let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        let now = micros(now.saturating_duration_since(self.began));
-        let next = self.next.load(Ordering::Relaxed);
-        let following = now.saturating_add(micros(pause));
-        now >= next
-            && self
-                .next
-                .compare_exchange(next, following, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
+    fn micros(&self, now: Instant) -> u64 {
+        in_micros(now.saturating_duration_since(self.began))
     }
 
     fn change(&self, to: impl FnOnce(usize, usize) -> usize) {
@@ -112,6 +112,25 @@ impl Throttle {
         self.places.set(limit, 0);
         drop(changing);
     }
+}
+
+/// More than a lifetime, and far from overflowing.
+fn in_micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).map_or(u64::MAX / 4, |micros| micros.min(u64::MAX / 4))
+}
+
+/// Whether `next` has come; to one of those who ask, and not again before a pause.
+fn turn(next: &AtomicU64, now: u64, pause: Duration) -> bool {
+    let known = next.load(Ordering::Relaxed);
+    now >= known
+        && next
+            .compare_exchange(
+                known,
+                now + in_micros(pause),
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            )
+            .is_ok()
 }
 
 #[cfg(test)]
@@ -147,6 +166,11 @@ mod tests {
         // It does not rise by an answer that is late.
         throttle.slow(MAY + MAY / 8, MAY, after(&throttle, 40));
         assert_eq!(throttle.limit(), 125);
+        // Those who are refused do not keep it from being lowered.
+        throttle.refused(MAY, after(&throttle, 60));
+        assert_eq!(throttle.limit(), 129);
+        throttle.slow(MAY * 10, MAY, after(&throttle, 60));
+        assert_eq!(throttle.limit(), 50);
     }
 
     #[test]
@@ -165,7 +189,11 @@ mod tests {
         enter(&throttle, 400);
         throttle.slow(MAY * 2, MAY, after(&throttle, 20));
         assert_eq!(throttle.limit(), 100);
-        throttle.refused(MAY, after(&throttle, 21));
+        throttle.refused(MAY, after(&throttle, 34));
+        assert_eq!(throttle.limit(), 100, "too soon");
+        // Nor while answers are late that are none of its doing any more.
+        throttle.slow(MAY * 2, MAY, after(&throttle, 22));
+        throttle.refused(MAY, after(&throttle, 36));
         assert_eq!(throttle.limit(), 100, "too soon");
         let mut now = 100;
         while throttle.is_lowered() {
