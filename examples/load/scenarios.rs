@@ -27,6 +27,9 @@ const LEAST_RATE: u64 = 100;
 /// How many seconds what is overloaded may take to be well again.
 const RECOVERY: u32 = 15;
 
+/// So many seconds together say that it is.
+const RECOVERED_SECONDS: usize = 3;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scenario {
     Normal,
@@ -209,8 +212,8 @@ impl<'a> Stage<'a> {
         self.run.notes.push(report::past(&sums[1]));
         let after = &self.run.steps[2].seconds;
         let well_from = (0..after.len()).find(|first| {
-            let rest = Second::sum(&after[*first..]);
-            self.is_well(&rest)
+            let next = after.iter().skip(*first).take(RECOVERED_SECONDS);
+            self.is_well(&Second::sum(next))
         });
         // The first second may still have what the burst has left behind.
         let says = match well_from {
