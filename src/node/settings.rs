@@ -41,8 +41,9 @@ impl NodeSettings {
     /// another node may use half of it.
     ///
     /// While its answers are [slow](BreakerSettings::slow_call) it may have fewer: what it can answer
-    /// in half of that time, as far as its answers tell, but 32 in any case. Nothing but more requests
-    /// than that raises it again, by a few percent at a time. With a
+    /// in half of that time, as far as its answers tell, but 32 in any case. It rises again while more
+    /// are refused, by 3 % after each [`slow_call`](BreakerSettings::slow_call) in which no answer was
+    /// slow, by more after a second of these, and to what is set here after ten. With a
     /// [`slow_call_rate`](BreakerSettings::slow_call_rate) over 100 it is never lowered.
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {

@@ -5,7 +5,8 @@
 //! to what it can answer in time. By Little's law so many are at a node as it answers in the time that each takes;
 //! if that is twice the time it may take, half as many are what it can do. While requests are refused for it the
 //! limit rises again, little by little, to the configured one; so goodput stays at what the node can do, whatever
-//! that is, and what is too much is refused at once.
+//! that is, and what is too much is refused at once. Without late answers it rises by more, and soon is forgotten: a
+//! hiccup must not refuse what comes long after it.
 //!
 //! Nothing of it is on the way of a request that is answered in time.
 
@@ -17,15 +18,21 @@ use tokio::time::Instant;
 
 use crate::bulkhead::Limit;
 
-/// It is not lowered under this: so few are no overload, and a node that is slow with them is so by itself.
+/// It is not lowered under this, nor while no more are in flight: so few are no overload, and a node that is slow with
+/// them is so by itself.
 const LEAST: usize = 32;
 
 /// It is lowered to so much of what would take all the time there is, so that most answers are not late while it
 /// rises again.
 const SHARE: f64 = 0.5;
 
-/// It rises by a part of itself: one in so many.
+/// It rises by a part of itself: one in so many,
 const RISE: usize = 32;
+/// and one in so many once no answer has been late for a while,
+const FAST_RISE: usize = 4;
+const A_WHILE: Duration = Duration::from_secs(1);
+/// and to the configured one after a long one.
+const A_LONG_WHILE: Duration = Duration::from_secs(10);
 
 /// The places of a node.
 #[derive(Debug)]
@@ -41,6 +48,8 @@ pub(super) struct Throttle {
     /// while.
     lowers: AtomicU64,
     rises: AtomicU64,
+    /// When an answer was late.
+    late_at: AtomicU64,
 }
 
 impl Throttle {
@@ -53,6 +62,7 @@ impl Throttle {
             began: Instant::now(),
             lowers: AtomicU64::new(0),
             rises: AtomicU64::new(0),
+            late_at: AtomicU64::new(0),
         }
     }
 
@@ -78,26 +88,36 @@ impl Throttle {
 
     /// An answer took so long, which is longer than it may.
     pub(super) fn slow(&self, took: Duration, may: Duration, now: Instant) {
-        if took <= may {
+        let in_flight = self.places.in_flight();
+        if took <= may || in_flight <= LEAST {
             return;
         }
         let micros = self.micros(now);
-        self.rises
-            .fetch_max(micros + in_micros(may), Ordering::Relaxed);
+        self.late_at.fetch_max(micros, Ordering::Relaxed);
         // Sooner than it may rise: what has come to much comes to too much soon.
         if !turn(&self.lowers, micros, may / 2) {
             return;
         }
         let in_time = may.as_secs_f64() / took.as_secs_f64();
-        let fits = (self.places.in_flight() as f64 * in_time * SHARE) as usize;
+        let fits = (in_flight as f64 * in_time * SHARE) as usize;
         self.change(|limit, most| fits.max(LEAST.min(most)).min(limit));
     }
 
     /// One was refused.
     pub(super) fn refused(&self, may: Duration, now: Instant) {
-        if self.is_lowered() && turn(&self.rises, self.micros(now), may) {
-            self.change(|limit, most| (limit + limit / RISE + 1).min(most));
+        if !self.is_lowered() {
+            return;
         }
+        let micros = self.micros(now);
+        let since = micros.saturating_sub(self.late_at.load(Ordering::Relaxed));
+        if since < in_micros(may) || !turn(&self.rises, micros, may) {
+            return;
+        }
+        self.change(|limit, most| match Duration::from_micros(since) {
+            since if since >= A_LONG_WHILE => most,
+            since if since >= A_WHILE => (limit + limit / FAST_RISE).min(most),
+            _ => (limit + limit / RISE + 1).min(most),
+        });
     }
 
     fn micros(&self, now: Instant) -> u64 {
@@ -175,12 +195,13 @@ mod tests {
 
     #[test]
     fn few_requests_are_no_overload_however_late_their_answers_are() {
-        for (most, least) in [(16_384, LEAST), (10, 10)] {
-            let throttle = Throttle::new(most);
-            enter(&throttle, least);
-            throttle.slow(MAY * 100, MAY, after(&throttle, 20));
-            assert_eq!(throttle.limit(), least);
-        }
+        let throttle = Throttle::new(16_384);
+        enter(&throttle, LEAST);
+        throttle.slow(MAY * 100, MAY, after(&throttle, 20));
+        assert!(!throttle.is_lowered());
+        enter(&throttle, 1);
+        throttle.slow(MAY * 100, MAY, after(&throttle, 20));
+        assert_eq!(throttle.limit(), LEAST);
     }
 
     #[test]
@@ -191,11 +212,15 @@ mod tests {
         assert_eq!(throttle.limit(), 100);
         throttle.refused(MAY, after(&throttle, 34));
         assert_eq!(throttle.limit(), 100, "too soon");
-        // Nor while answers are late that are none of its doing any more.
+        // Nor while answers are late.
         throttle.slow(MAY * 2, MAY, after(&throttle, 22));
         throttle.refused(MAY, after(&throttle, 36));
         assert_eq!(throttle.limit(), 100, "too soon");
-        let mut now = 100;
+        throttle.refused(MAY, after(&throttle, 37));
+        assert_eq!(throttle.limit(), 104);
+        throttle.refused(MAY, after(&throttle, 38));
+        assert_eq!(throttle.limit(), 104, "too soon");
+        let mut now = 52;
         while throttle.is_lowered() {
             let before = throttle.limit();
             throttle.refused(MAY, after(&throttle, now));
@@ -204,8 +229,20 @@ mod tests {
             assert!(now < 1_500, "it takes too long");
         }
         assert_eq!(throttle.limit(), 1_000);
-        throttle.refused(MAY, after(&throttle, now + 100));
-        assert_eq!(throttle.limit(), 1_000);
+    }
+
+    #[test]
+    fn what_was_late_a_while_ago_is_made_up_for_soon_and_then_forgotten() {
+        let throttle = Throttle::new(16_384);
+        enter(&throttle, 400);
+        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        assert_eq!(throttle.limit(), 100);
+        throttle.refused(MAY, after(&throttle, 1_020));
+        assert_eq!(throttle.limit(), 125);
+        throttle.refused(MAY, after(&throttle, 10_019));
+        assert_eq!(throttle.limit(), 156);
+        throttle.refused(MAY, after(&throttle, 10_040));
+        assert!(!throttle.is_lowered());
     }
 
     #[test]
