@@ -35,7 +35,8 @@ latency of each counts from when it was due.
 
 The exit status is 0, 1 if what must hold does not or the run failed, 2 for a wrong option. What must hold:
 normal load is answered, a burst is forgotten once it is over, no value is wrong, and at twice the load of the knee
-goodput is at least 90 % of the best that was seen, what is shed is told at once, and what is in flight stays bounded.";
+goodput is at least 90 % of the best that was seen, what is too much is shed, at once, and does not fail in another
+way, and what is in flight stays bounded.";
 
 const MAX_RATE: u64 = 10_000_000;
 
