@@ -21,6 +21,8 @@ pub const REQUESTS: &str = "memcached_requests_total";
 pub const LATENCY: &str = "memcached_request_duration_seconds";
 /// Requests at a node now, queued or sent; a gauge, set each second. Label: `node`.
 pub const IN_FLIGHT: &str = "memcached_requests_in_flight";
+/// How many may be: as configured, or fewer while the node answers late; a gauge, set each second. Label: `node`.
+pub const IN_FLIGHT_LIMIT: &str = "memcached_in_flight_limit";
 /// Requests in the queues of a node's connections, sent ones included; a gauge, set each second.
 /// Label: `node`.
 pub const QUEUE_DEPTH: &str = "memcached_queue_depth";
@@ -263,6 +265,7 @@ impl Event {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Level {
     InFlight,
+    InFlightLimit,
     QueueDepth,
     Connections,
     BreakerState,
@@ -275,6 +278,7 @@ impl Level {
     const fn name(self) -> &'static str {
         match self {
             Self::InFlight => IN_FLIGHT,
+            Self::InFlightLimit => IN_FLIGHT_LIMIT,
             Self::QueueDepth => QUEUE_DEPTH,
             Self::Connections => CONNECTIONS,
             Self::BreakerState => BREAKER_STATE,
@@ -348,6 +352,7 @@ impl NodeMeters {
     pub(crate) fn clear(&self) {
         for level in [
             Level::InFlight,
+            Level::InFlightLimit,
             Level::QueueDepth,
             Level::Connections,
             Level::BreakerState,

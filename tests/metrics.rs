@@ -150,6 +150,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
     .await;
     for name in [
         telemetry::IN_FLIGHT,
+        telemetry::IN_FLIGHT_LIMIT,
         telemetry::QUEUE_DEPTH,
         telemetry::CONNECTIONS,
     ] {
@@ -166,6 +167,7 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
     let told = || {
         let gauges = [
             telemetry::IN_FLIGHT,
+            telemetry::IN_FLIGHT_LIMIT,
             telemetry::QUEUE_DEPTH,
             telemetry::CONNECTIONS,
             telemetry::BREAKER_STATE,
@@ -173,10 +175,10 @@ async fn a_recorder_installed_after_the_client_was_used_is_told_everything_and_n
         ];
         gauges.map(|gauge| recorder.told(&[gauge, &node]))
     };
-    assert_eq!(told(), [0; 5]);
+    assert_eq!(told(), [0; 6]);
     // Its keeper sets them each second.
     sleep(Duration::from_millis(1500)).await;
-    assert_eq!(told(), [0; 5]);
+    assert_eq!(told(), [0; 6]);
 
     let names = recorder.0.lock().unwrap();
     assert!(

@@ -39,6 +39,7 @@ async fn offer(rate: u64) -> (Vec<Ended>, bool) {
     let probe = ProbeSettings::default().initial_delay(Duration::from_secs(3_600));
     let settings = NodeSettings::default()
         .attempt_timeout(ATTEMPT_TIMEOUT)
+        .adaptive_limit(true)
         .probe(probe);
     let node = Node::new("n", service, settings, &Executor::current()).unwrap();
     let mut requests = JoinSet::new();
@@ -99,4 +100,92 @@ async fn past_its_capacity_it_answers_as_much_as_it_can_and_the_rest_is_refused_
         let offered = time.as_millis() as u64 * rate / 1_000;
         assert_eq!(good + refused, offered);
     }
+}
+
+/// A node of its own kind of slowness: the first argument is how many it was asked before.
+fn slow_by_itself(
+    takes: impl Fn(u64) -> Duration + Clone + Send + Sync + 'static,
+) -> impl tower::Service<Request, Response = Response, Error: Into<BoxError> + Send, Future: Send>
++ Clone
++ Send
++ Sync
++ 'static {
+    let asked = Arc::new(Mutex::new(0));
+    service_fn(move |_: Request| {
+        let mut asked = asked.lock().unwrap();
+        let takes = takes(*asked);
+        *asked += 1;
+        async move {
+            tokio::time::sleep(takes).await;
+            Ok::<_, BoxError>(Response::Value(None))
+        }
+    })
+}
+
+/// Calls the node so many times a millisecond, for so many of these: how many were refused, and how
+/// many failed in any other way.
+async fn calls<S>(node: &Node<S>, each: u64, milliseconds: u64) -> (usize, usize)
+where
+    S: tower::Service<Request, Response = Response, Error: Into<BoxError> + Send, Future: Send>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+{
+    let mut requests = JoinSet::new();
+    let start = Instant::now();
+    for millisecond in 0..milliseconds {
+        sleep_until(start + Duration::from_millis(millisecond)).await;
+        for _ in 0..each {
+            let mut node = node.clone();
+            let operation = Operation::Get {
+                key: Key::new("k").unwrap(),
+                with_cas: false,
+            };
+            requests.spawn(async move { node.call(Request::new(operation)).await });
+        }
+    }
+    let ended = requests.join_all().await;
+    let kinds = ended.iter().filter_map(|outcome| outcome.as_ref().err());
+    let (refused, failed): (Vec<_>, Vec<_>) = kinds.partition(|error| error.is_overloaded());
+    (refused.len(), failed.len())
+}
+
+fn node_of<S>(service: S) -> Node<S>
+where
+    S: tower::Service<Request, Response = Response, Error: Into<BoxError> + Send, Future: Send>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+{
+    let probe = ProbeSettings::default().initial_delay(Duration::from_secs(3_600));
+    let settings = NodeSettings::default()
+        .attempt_timeout(ATTEMPT_TIMEOUT)
+        .adaptive_limit(true)
+        .probe(probe);
+    Node::new("n", service, settings, &Executor::current()).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn some_late_answers_among_those_in_time_refuse_nothing() {
+    for one_in in [2, 10, 1_000] {
+        let takes = move |nth: u64| Duration::from_millis(if nth % one_in == 0 { 20 } else { 4 });
+        let node = node_of(slow_by_itself(takes));
+        let ended = calls(&node, 50, 2_000).await;
+        assert_eq!(ended, (0, 0), "one in {one_in}");
+        assert!(!node.is_open());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_late_long_ago_refuses_nothing() {
+    // All that is asked in the first hundredth of a second.
+    let takes = |nth: u64| Duration::from_millis(if nth < 1_000 { 20 } else { 4 });
+    let node = node_of(slow_by_itself(takes));
+    calls(&node, 100, 10).await;
+    assert!(node.status().max_in_flight < 1_000, "it was lowered");
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    assert_eq!(calls(&node, 2_000, 1).await, (0, 0));
+    assert_eq!(node.status().max_in_flight, 16_384);
 }

@@ -96,7 +96,10 @@ fn play(options: &Options, scenario: Scenario, service: &Runtime) -> Result<Run,
         "{}",
         report::header(scenario, nodes.len(), cluster.describe())
     );
-    let mut builder = Client::builder().nodes(&nodes).timeout(options.deadline);
+    let mut builder = Client::builder()
+        .nodes(&nodes)
+        .timeout(options.deadline)
+        .adaptive_limit(true);
     if let Some(limit) = options.max_in_flight {
         builder = builder.max_in_flight(limit);
     }

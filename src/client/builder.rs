@@ -241,11 +241,19 @@ impl<L, N> ClientBuilder<L, N> {
     }
 
     /// How many requests each node may have at once, queued or sent; 16,384 by default. More fail
-    /// at once with [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded). While a node answers late
-    /// it may have fewer: [`NodeSettings::max_in_flight`](crate::NodeSettings::max_in_flight).
+    /// at once with [`ErrorKind::Overloaded`](crate::ErrorKind::Overloaded).
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {
         self.config.max_in_flight = requests;
+        self
+    }
+
+    /// Whether a node that answers late may have fewer, so that what is too much for it is refused at once
+    /// and the rest is answered in time; not by default. See
+    /// [`NodeSettings::adaptive_limit`](crate::NodeSettings::adaptive_limit).
+    #[must_use]
+    pub fn adaptive_limit(mut self, adaptive: bool) -> Self {
+        self.config.adaptive_limit = adaptive;
         self
     }
 

@@ -109,6 +109,8 @@ pub struct Config {
     pub pool_size: u32,
     /// Requests that each node may have at once; 16,384 by default.
     pub max_in_flight: usize,
+    /// Whether a node that answers late may have fewer; not by default.
+    pub adaptive_limit: bool,
     /// The largest value to send or receive, in bytes; 1 MiB by default.
     pub max_value_size: usize,
     /// How large values are compressed; neither compressed nor decompressed by default.
@@ -170,6 +172,7 @@ impl Default for Config {
             connections: transport.connections,
             pool_size: 16,
             max_in_flight: transport.limits.requests,
+            adaptive_limit: false,
             max_value_size: transport.limits.value,
             compression: None,
             failure_mode: cluster.failure_mode,

@@ -83,6 +83,7 @@ impl Config {
         let node = NodeSettings::default()
             .attempt_timeout(attempt_timeout)
             .max_in_flight(self.max_in_flight)
+            .adaptive_limit(self.adaptive_limit)
             .breaker(self.breaker.clone())
             .probe(self.probe.clone())
             .journal(self.journal.clone());

@@ -35,6 +35,8 @@ pub(crate) struct Policy {
     terms: ArcSwap<Terms>,
     began: Instant,
     buckets: [Bucket; BUCKETS as usize],
+    /// Of all time.
+    answers: AtomicU64,
     /// Time-outs in a row, to be reset by a success without the lock.
     timeouts: AtomicU32,
     /// When the first and the last request of these were sent.
@@ -74,6 +76,7 @@ impl Policy {
             terms: ArcSwap::from_pointee(Terms { settings, attempt }),
             began: Instant::now(),
             buckets: Default::default(),
+            answers: AtomicU64::new(0),
             timeouts: AtomicU32::new(0),
             streak: Mutex::new(None),
         }
@@ -90,10 +93,14 @@ impl Policy {
         terms.settings.slow_call.unwrap_or(terms.attempt / 2)
     }
 
-    /// The same, if lateness is to have consequences.
-    pub(super) fn answers_within(&self) -> Option<Duration> {
-        let matters = self.terms.load().settings.slow_call_rate <= 100;
-        matters.then(|| self.slow_after())
+    /// Whether lateness is to have consequences.
+    pub(super) fn minds_slowness(&self) -> bool {
+        self.terms.load().settings.slow_call_rate <= 100
+    }
+
+    /// How many answers there have been.
+    pub(super) fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
     }
 
     /// Forgets everything: the node is a new one, in effect.
@@ -109,6 +116,8 @@ impl Policy {
         if self.timeouts.load(Ordering::Relaxed) != 0 {
             self.timeouts.store(0, Ordering::Relaxed);
         }
+        self.answers
+            .fetch_add(u64::from(requests), Ordering::Relaxed);
         self.bucket(now)
             .answered
             .fetch_add(requests, Ordering::Relaxed);

@@ -11,6 +11,7 @@ use crate::error::{Invalid, not_zero};
 pub struct NodeSettings {
     pub(super) attempt_timeout: Duration,
     pub(super) max_in_flight: usize,
+    pub(super) adaptive_limit: bool,
     pub(super) breaker: BreakerSettings,
     pub(super) probe: ProbeSettings,
     pub(super) journal: JournalSettings,
@@ -21,6 +22,7 @@ impl Default for NodeSettings {
         Self {
             attempt_timeout: Duration::from_millis(30),
             max_in_flight: 16_384,
+            adaptive_limit: false,
             breaker: BreakerSettings::default(),
             probe: ProbeSettings::default(),
             journal: JournalSettings::default(),
@@ -39,15 +41,26 @@ impl NodeSettings {
 
     /// How many requests the node may have at once; 16,384 by default. Requests moved here from
     /// another node may use half of it.
-    ///
-    /// While its answers are [slow](BreakerSettings::slow_call) it may have fewer: what it can answer
-    /// in half of that time, as far as its answers tell, but 32 in any case. It rises again while more
-    /// are refused, by 3 % after each [`slow_call`](BreakerSettings::slow_call) in which no answer was
-    /// slow, by more after a second of these, and to what is set here after ten. With a
-    /// [`slow_call_rate`](BreakerSettings::slow_call_rate) over 100 it is never lowered.
     #[must_use]
     pub fn max_in_flight(mut self, requests: usize) -> Self {
         self.max_in_flight = requests;
+        self
+    }
+
+    /// Whether the node may have fewer while its answers are [slow](BreakerSettings::slow_call), all of
+    /// them: what it can answer in half of that time, as far as its answers tell, but 32 in any case; not
+    /// by default. It rises again while more are refused, by 3 % after each `slow_call` in which no
+    /// answer was slow, by more after a second of these, and to [`max_in_flight`](Self::max_in_flight)
+    /// after ten, whether or not any are. With a [`slow_call_rate`](BreakerSettings::slow_call_rate)
+    /// over 100 it is never lowered.
+    ///
+    /// For nodes that can be overloaded: what is too much for one is refused at once, and the rest is
+    /// answered in time, up to about three times what it can do. A load that is five times as much from
+    /// one moment to the next still ejects it. It does not tell a node that has too much to do from one
+    /// that is slow by itself, which refuses requests until its circuit breaker opens.
+    #[must_use]
+    pub fn adaptive_limit(mut self, adaptive: bool) -> Self {
+        self.adaptive_limit = adaptive;
         self
     }
 

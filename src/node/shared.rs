@@ -18,7 +18,7 @@ use super::latency::Latencies;
 use super::leftovers::Leftovers;
 use super::policy::{Policy, Trip};
 use super::probe::{self, Asker, CANARY_SIZE};
-use super::throttle::Throttle;
+use super::throttle::{Late, Throttle};
 use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, keeper};
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
@@ -334,6 +334,8 @@ impl Shared {
             ring.show();
         }
         self.meters.set(Level::InFlight, self.in_flight());
+        let limit = self.throttle.limit_at(Instant::now());
+        self.meters.set(Level::InFlightLimit, limit);
         self.meters.set(Level::JournalKeys, self.journal.len());
         if let Some(transport) = &self.transport {
             self.meters.set(Level::QueueDepth, transport.pending());
@@ -358,7 +360,7 @@ impl Shared {
             cause,
             last_cause,
             in_flight: self.in_flight(),
-            max_in_flight: self.throttle.limit(),
+            max_in_flight: self.throttle.limit_at(Instant::now()),
             connections: transport.map_or(0, Transport::connections_up),
             protocol: transport.and_then(Transport::protocol),
             journal: self.journal.len(),
@@ -700,12 +702,24 @@ impl Shared {
 
     /// So many were answered late, the first of them sent then.
     fn slow(self: &Arc<Self>, requests: u32, sent_at: Instant, now: Instant) {
-        if let Some(may) = self.policy.answers_within() {
-            let took = now.saturating_duration_since(sent_at);
-            self.throttle.slow(took, may, now);
+        let took = now.saturating_duration_since(sent_at);
+        // What had no answer in an attempt's time has failed by then, unless it was us who were late.
+        if took <= self.settings.load().attempt_timeout {
+            self.late(took, requests, now);
         }
         if let Some(trip) = self.policy.slow(requests, sent_at, now) {
             self.trip(trip, None);
+        }
+    }
+
+    fn late(&self, took: Duration, requests: u32, now: Instant) {
+        if self.policy.minds_slowness() && self.settings.load().adaptive_limit {
+            let late = Late {
+                took,
+                requests: requests.into(),
+                answers: self.policy.answers(),
+            };
+            self.throttle.slow(late, self.policy.slow_after(), now);
         }
     }
 

@@ -22,6 +22,14 @@ use crate::bulkhead::Limit;
 /// them is so by itself.
 const LEAST: usize = 32;
 
+/// So many answers must be late and none in time. Where too many are queued all are; where only some are late it is for
+/// something else, and fewer requests would not help.
+const IN_A_ROW: u64 = 16;
+/// However long it is, it ends soon.
+const ROW_KEPT: u64 = 128;
+/// And for so much of the time that an answer may take: what comes together is one event.
+const ROW_SHARE: u32 = 8;
+
 /// It is lowered to so much of what would take all the time there is, so that most answers are not late while it
 /// rises again.
 const SHARE: f64 = 0.5;
@@ -50,6 +58,27 @@ pub(super) struct Throttle {
     rises: AtomicU64,
     /// When an answer was late.
     late_at: AtomicU64,
+    row: Mutex<Row>,
+}
+
+/// Answers in a row that were late.
+#[derive(Debug, Default)]
+struct Row {
+    length: u64,
+    /// All answers that there had ever been before it.
+    before: u64,
+    /// When the first of them came, in microseconds.
+    since: u64,
+}
+
+/// Answers that were late.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Late {
+    /// The first of them.
+    pub(super) took: Duration,
+    pub(super) requests: u64,
+    /// All that there have ever been, these included.
+    pub(super) answers: u64,
 }
 
 impl Throttle {
@@ -63,6 +92,7 @@ impl Throttle {
             lowers: AtomicU64::new(0),
             rises: AtomicU64::new(0),
             late_at: AtomicU64::new(0),
+            row: Mutex::default(),
         }
     }
 
@@ -76,8 +106,20 @@ impl Throttle {
         &self.places
     }
 
-    /// How many may be in flight now.
-    pub(super) fn limit(&self) -> usize {
+    /// How many may be in flight now, for whoever asks once in a while.
+    pub(super) fn limit_at(&self, now: Instant) -> usize {
+        let since = self.late_before(self.micros(now));
+        if self.is_lowered() && since >= in_micros(A_LONG_WHILE) {
+            self.change(|_, most| most);
+        }
+        self.limit()
+    }
+
+    fn late_before(&self, micros: u64) -> u64 {
+        micros.saturating_sub(self.late_at.load(Ordering::Relaxed))
+    }
+
+    fn limit(&self) -> usize {
         self.limit.load(Ordering::Relaxed)
     }
 
@@ -86,21 +128,43 @@ impl Throttle {
         self.limit() < self.most.load(Ordering::Relaxed)
     }
 
-    /// An answer took so long, which is longer than it may.
-    pub(super) fn slow(&self, took: Duration, may: Duration, now: Instant) {
+    /// Answers took longer than they may.
+    pub(super) fn slow(&self, late: Late, may: Duration, now: Instant) {
+        let Late { took, .. } = late;
         let in_flight = self.places.in_flight();
+        let micros = self.micros(now);
+        let all_are = self.all_are(late, micros, may / ROW_SHARE);
         if took <= may || in_flight <= LEAST {
             return;
         }
-        let micros = self.micros(now);
         self.late_at.fetch_max(micros, Ordering::Relaxed);
         // Sooner than it may rise: what has come to much comes to too much soon.
-        if !turn(&self.lowers, micros, may / 2) {
+        if !all_are || !turn(&self.lowers, micros, may / 2) {
             return;
         }
         let in_time = may.as_secs_f64() / took.as_secs_f64();
         let fits = (in_flight as f64 * in_time * SHARE) as usize;
         self.change(|limit, most| fits.max(LEAST.min(most)).min(limit));
+    }
+
+    /// Whether they have been late for a while without one in time among them.
+    fn all_are(&self, late: Late, micros: u64, least: Duration) -> bool {
+        let mut row = self.row.lock().unwrap_or_else(PoisonError::into_inner);
+        row.length = row.length.saturating_add(late.requests);
+        let others = late
+            .answers
+            .saturating_sub(row.before.saturating_add(row.length));
+        // Where several threads count, one may have counted what it is about to call late.
+        if others.saturating_mul(8) > row.length.saturating_add(32) {
+            row.length = late.requests;
+            row.before = late.answers.saturating_sub(late.requests);
+            row.since = micros;
+        }
+        if row.length > ROW_KEPT {
+            row.length = ROW_KEPT;
+            row.before = late.answers.saturating_sub(ROW_KEPT);
+        }
+        row.length >= IN_A_ROW && micros.saturating_sub(row.since) >= in_micros(least)
     }
 
     /// One was refused.
@@ -109,7 +173,7 @@ impl Throttle {
             return;
         }
         let micros = self.micros(now);
-        let since = micros.saturating_sub(self.late_at.load(Ordering::Relaxed));
+        let since = self.late_before(micros);
         if since < in_micros(may) || !turn(&self.rises, micros, may) {
             return;
         }
@@ -169,38 +233,71 @@ mod tests {
         }
     }
 
+    /// As all that has been answered lately.
+    fn slow(throttle: &Throttle, took: Duration, may: Duration, now: Instant) {
+        let requests = IN_A_ROW;
+        let row = throttle.row.lock().unwrap();
+        let answers = row.before + row.length + requests;
+        drop(row);
+        let late = Late {
+            took,
+            requests,
+            answers,
+        };
+        throttle.slow(late, may, now);
+    }
+
     #[test]
     fn late_answers_lower_the_limit_to_what_can_be_answered_in_time() {
         let throttle = Throttle::new(16_384);
         enter(&throttle, 1_000);
-        throttle.slow(MAY, MAY, after(&throttle, 20));
+        slow(&throttle, MAY, MAY, after(&throttle, 20));
         assert!(!throttle.is_lowered(), "in time is not late");
-        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        slow(&throttle, MAY * 2, MAY, after(&throttle, 20));
         assert_eq!(throttle.limit(), 250);
         assert!(!throttle.places().try_enter(), "who is inside stays");
         // All that is late together is one event.
-        throttle.slow(MAY * 4, MAY, after(&throttle, 21));
+        slow(&throttle, MAY * 4, MAY, after(&throttle, 21));
         assert_eq!(throttle.limit(), 250);
-        throttle.slow(MAY * 4, MAY, after(&throttle, 28));
+        slow(&throttle, MAY * 4, MAY, after(&throttle, 28));
         assert_eq!(throttle.limit(), 125);
         // It does not rise by an answer that is late.
-        throttle.slow(MAY + MAY / 8, MAY, after(&throttle, 40));
+        slow(&throttle, MAY + MAY / 8, MAY, after(&throttle, 40));
         assert_eq!(throttle.limit(), 125);
         // Those who are refused do not keep it from being lowered.
         throttle.refused(MAY, after(&throttle, 60));
         assert_eq!(throttle.limit(), 129);
-        throttle.slow(MAY * 10, MAY, after(&throttle, 60));
+        slow(&throttle, MAY * 10, MAY, after(&throttle, 60));
         assert_eq!(throttle.limit(), 50);
+    }
+
+    #[test]
+    fn however_many_were_late_some_in_time_are_enough() {
+        let throttle = Throttle::new(16_384);
+        enter(&throttle, 1_000);
+        let late = |requests, answers, millis| {
+            let took = MAY * 2;
+            let late = Late {
+                took,
+                requests,
+                answers,
+            };
+            throttle.slow(late, MAY, after(&throttle, millis));
+            throttle.limit()
+        };
+        assert_eq!(late(100_000, 100_000, 20), 250);
+        throttle.configure(16_384);
+        assert_eq!(late(50, 100_100, 40), 16_384);
     }
 
     #[test]
     fn few_requests_are_no_overload_however_late_their_answers_are() {
         let throttle = Throttle::new(16_384);
         enter(&throttle, LEAST);
-        throttle.slow(MAY * 100, MAY, after(&throttle, 20));
+        slow(&throttle, MAY * 100, MAY, after(&throttle, 20));
         assert!(!throttle.is_lowered());
         enter(&throttle, 1);
-        throttle.slow(MAY * 100, MAY, after(&throttle, 20));
+        slow(&throttle, MAY * 100, MAY, after(&throttle, 20));
         assert_eq!(throttle.limit(), LEAST);
     }
 
@@ -208,12 +305,12 @@ mod tests {
     fn the_limit_rises_while_requests_are_refused_and_no_further_than_configured() {
         let throttle = Throttle::new(1_000);
         enter(&throttle, 400);
-        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        slow(&throttle, MAY * 2, MAY, after(&throttle, 20));
         assert_eq!(throttle.limit(), 100);
         throttle.refused(MAY, after(&throttle, 34));
         assert_eq!(throttle.limit(), 100, "too soon");
         // Nor while answers are late.
-        throttle.slow(MAY * 2, MAY, after(&throttle, 22));
+        slow(&throttle, MAY * 2, MAY, after(&throttle, 22));
         throttle.refused(MAY, after(&throttle, 36));
         assert_eq!(throttle.limit(), 100, "too soon");
         throttle.refused(MAY, after(&throttle, 37));
@@ -235,7 +332,7 @@ mod tests {
     fn what_was_late_a_while_ago_is_made_up_for_soon_and_then_forgotten() {
         let throttle = Throttle::new(16_384);
         enter(&throttle, 400);
-        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        slow(&throttle, MAY * 2, MAY, after(&throttle, 20));
         assert_eq!(throttle.limit(), 100);
         throttle.refused(MAY, after(&throttle, 1_020));
         assert_eq!(throttle.limit(), 125);
@@ -249,7 +346,7 @@ mod tests {
     fn another_configuration_replaces_what_was_learnt() {
         let throttle = Throttle::new(1_000);
         enter(&throttle, 400);
-        throttle.slow(MAY * 2, MAY, after(&throttle, 20));
+        slow(&throttle, MAY * 2, MAY, after(&throttle, 20));
         throttle.configure(500);
         assert_eq!((throttle.limit(), throttle.is_lowered()), (500, false));
     }

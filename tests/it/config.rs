@@ -92,6 +92,7 @@ fn everything() -> Config {
     config.tls = Some(tls());
     config.connections = 2;
     config.max_in_flight = 1_000;
+    config.adaptive_limit = true;
     config.max_value_size = 2_000;
     config.failure_mode = FailureMode::Retry;
     config.failover_ttl = Duration::from_secs(30);
@@ -152,6 +153,7 @@ fn a_builders_methods_say_what_a_config_says() {
         .tls(tls())
         .connections(2)
         .max_in_flight(1_000)
+        .adaptive_limit(true)
         .max_value_size(2_000)
         .failure_mode(FailureMode::Retry)
         .failover_ttl(config.failover_ttl)

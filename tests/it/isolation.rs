@@ -17,9 +17,9 @@ use tokio::time::Instant;
 use tower::Service;
 use tower_memcached::testing::Server;
 use tower_memcached::{
-    Address, BlockingLoader, BoxStream, BreakerSettings, BreakerState, Client, ClientBuilder,
-    Connecting, Connector, ErrorKind, Executor, Key, LoadGuard, LoadLimits, Loader, Operation,
-    Payload, ProbeSettings, ReadThroughLayer, ReadThroughSettings, Request, SystemConnector, Ttl,
+    Address, BlockingLoader, BoxStream, BreakerState, Client, ClientBuilder, Connecting, Connector,
+    ErrorKind, Executor, Key, LoadGuard, LoadLimits, Loader, Operation, Payload, ProbeSettings,
+    ReadThroughLayer, ReadThroughSettings, Request, SystemConnector, Ttl,
 };
 
 use crate::support::{PATIENCE, addresses, keys_of, servers};
@@ -489,8 +489,6 @@ fn threads_that_are_all_blocked_are_given_only_so_many_loads() {
     let layer = ReadThroughLayer::new(gate.clone(), Ttl::secs(60));
     let layer = layer.executor(&Executor::dedicated("few", 1)).unwrap();
     let client = client(&servers, Executor::dedicated("many", 1));
-    // The loads are to be too many, not the thousands of look-ups before them, however busy the machine is.
-    let client = client.breaker(BreakerSettings::default().slow_call_rate(101));
     // Half of it is for the cache.
     let client = client.timeout(ms(1_000)).attempt_timeout(ms(400));
     let client = client.layer(layer).build().unwrap();
