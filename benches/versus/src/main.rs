@@ -8,30 +8,41 @@
 //!
 //! Each measurement is a process of its own. The contenders of a row take turns, round after round; what
 //! is shown are medians. In which runtime, and with how many connections, each of them is best is tried
-//! first.
+//! first. Progress goes to standard error, tables and targets to standard output, everything that was
+//! measured to the JSON file. `--document` rewrites what is between two marks in a file. `--check` fails if
+//! a target is not met.
 
 mod contender;
 mod measure;
 mod plan;
+mod report;
+mod results;
 mod spec;
+mod targets;
 
-use std::env;
-use std::io::Write as _;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::{self, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tower_memcached::testing::Memcached;
 
 use contender::Outcome;
-use plan::rows;
+use plan::{Row, Settings};
+use report::{Machine, Ticks};
+use results::{Line, RowResult};
 use spec::{Cell, Contender, Measured, Order, Runtime, Work};
+use targets::{Target, Verdict};
 
 /// One thread, as much memory as the values need, and a connection for each of a thousand tasks.
 const MEMCACHED: [&str; 6] = ["-t", "1", "-m", "256", "-c", "4096"];
+
+/// What may be busy before, in percent.
+const QUIET: f64 = 5.0;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args().skip(1).collect();
@@ -145,49 +156,237 @@ fn profile(arguments: &[String]) -> Outcome<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn compare(arguments: &[String]) -> Outcome<ExitCode> {
-    let quick = arguments.iter().any(|argument| argument == "--quick");
-    let servers = start_servers()?;
-    let addresses = addresses(&servers);
-    let started = Instant::now();
-    for row in rows() {
-        preload(&addresses, row.value)?;
-        for entry in &row.entries {
-            let mut best: Option<(Cell, Measured)> = None;
-            for cell in row.candidates(*entry, quick) {
-                let measured = take(&Order {
-                    cell,
-                    servers: addresses.clone(),
-                    warm_up: 0.2,
-                    duration: 0.4,
-                })?;
-                if best
-                    .as_ref()
-                    .is_none_or(|(_, best)| best.throughput < measured.throughput)
-                {
-                    best = Some((cell, measured));
+/// What is to be compared.
+struct Options {
+    settings: Settings,
+    rows: Vec<Row>,
+    json: Option<PathBuf>,
+    document: Option<PathBuf>,
+    check: bool,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Outcome<Self> {
+        let all = plan::rows();
+        let mut rows: Vec<Row> = Vec::new();
+        let mut options = Self {
+            settings: Settings::FULL,
+            rows: Vec::new(),
+            json: None,
+            document: None,
+            check: false,
+        };
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            let mut value = || {
+                let value = arguments.next();
+                value.ok_or_else(|| format!("{argument} what?"))
+            };
+            match argument.as_str() {
+                "--quick" => options.settings = Settings::QUICK,
+                "--check" => options.check = true,
+                "--json" => options.json = Some(value()?.into()),
+                "--document" => options.document = Some(value()?.into()),
+                "--row" => {
+                    let name = value()?;
+                    let Some(row) = all.iter().find(|row| row.is_called(name)) else {
+                        let names: Vec<_> = all.iter().map(|row| row.name).collect();
+                        return Err(format!("no row {name}, but {}", names.join(", ")).into());
+                    };
+                    if !rows.iter().any(|other| other.name == row.name) {
+                        rows.push(row.clone());
+                    }
                 }
+                other => return Err(format!("no such option: {other}").into()),
             }
-            let (cell, measured) = best.ok_or("no candidate")?;
-            println!(
-                "{:6.1} {:18} {:14} {:?} {:30} {:9.0}/s p50 {:6.0} p99 {:6.0} p999 {:6.0} max {:6.0} cpu {:6.2} us switches {:.3} errors {} {:?}",
-                started.elapsed().as_secs_f64(),
-                row.name,
-                cell.contender,
-                cell.work,
-                cell.configuration(),
+        }
+        let partial = options.settings.quick || !rows.is_empty();
+        if partial && options.document.is_some() {
+            return Err("a document takes a full run: neither --quick nor --row".into());
+        }
+        options.rows = if rows.is_empty() { all } else { rows };
+        Ok(options)
+    }
+
+    /// Whether these targets are enough for `--check`. What was not asked for need not be measured.
+    fn passes(&self, targets: &[Target]) -> bool {
+        let everything = self.rows.len() == plan::rows().len();
+        targets.iter().all(|target| match target.verdict() {
+            Verdict::Met => true,
+            Verdict::NotMet => false,
+            Verdict::NotMeasured => !everything,
+        })
+    }
+}
+
+/// Measures one row: first everybody's configurations, then the rounds, in turns.
+fn run(
+    row: &Row,
+    settings: &Settings,
+    servers: &[SocketAddr],
+    tried: &mut Vec<(Cell, Measured)>,
+) -> Outcome<RowResult> {
+    let order = |cell, duration| Order {
+        cell,
+        servers: servers.to_vec(),
+        warm_up: settings.warm_up,
+        duration,
+    };
+    preload(servers, row.value)?;
+    let mut lines: Vec<Line> = Vec::new();
+    for entry in &row.entries {
+        let mut cells = row.candidates(*entry, settings.quick);
+        if let Some(first) = entry.contender.follows() {
+            let first = lines.iter().find(|line| line.entry.contender == first);
+            cells.retain(|cell| first.is_none_or(|first| first.cell.runtime == cell.runtime));
+        }
+        let cell = if let [only] = cells[..] {
+            only
+        } else {
+            let began = tried.len();
+            for cell in cells {
+                tried.push((cell, take(&order(cell, settings.trial))?));
+            }
+            results::best(&tried[began..]).ok_or("nothing to try")?
+        };
+        lines.push(Line {
+            entry: *entry,
+            cell,
+            rounds: Vec::new(),
+        });
+    }
+    for _ in 0..settings.rounds {
+        for line in &mut lines {
+            let measured = take(&order(line.cell, settings.duration))?;
+            eprintln!(
+                "{:18.0}/s  {}, {}",
                 measured.throughput,
-                measured.p50,
-                measured.p99,
-                measured.p999,
-                measured.max,
-                measured.cpu,
-                measured.switches,
-                measured.errors,
-                measured.first_error,
+                report::who(line),
+                line.cell.configuration(),
             );
-            std::io::stdout().flush()?;
+            if let Some(error) = &measured.first_error {
+                eprintln!("{:20}  {} errors: {error}", "", measured.errors);
+            }
+            line.rounds.push(measured);
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(RowResult {
+        name: row.name,
+        tasks: row.tasks,
+        value: row.value,
+        lines,
+    })
+}
+
+fn compare(arguments: &[String]) -> Outcome<ExitCode> {
+    let options = Options::parse(arguments)?;
+    let settings = &options.settings;
+    // Said now, not after a quarter of an hour.
+    if let Some(document) = &options.document {
+        report::replace(&fs::read_to_string(document)?, "")?;
+    }
+    let busy = report::busy(Duration::from_secs(2));
+    if let Some(busy) = busy.filter(|busy| *busy > QUIET) {
+        eprintln!(
+            "versus: something else keeps this machine {busy:.0} % busy: what follows is no result"
+        );
+    }
+    let seconds: f64 = options.rows.iter().map(|row| row.seconds(settings)).sum();
+    eprintln!("about {:.0} minutes", (seconds / 60.0).ceil());
+
+    let servers = start_servers()?;
+    let addresses = addresses(&servers);
+    let ticks = Ticks::now();
+    let started = Instant::now();
+    let mut tried = Vec::new();
+    let mut rows = Vec::new();
+    for row in &options.rows {
+        eprintln!("{:5.0} s  {}", started.elapsed().as_secs_f64(), row.name);
+        rows.push(run(row, settings, &addresses, &mut tried)?);
+    }
+    let machine = Machine::here(busy, ticks);
+    let targets = targets::judge(&rows);
+    let measurements = report::measurements(&machine, settings, &rows);
+
+    if let Some(path) = &options.json {
+        let verdicts: Vec<_> = targets
+            .iter()
+            .map(|target| json!({"target": target, "verdict": target.verdict().to_string()}))
+            .collect();
+        let results = json!({
+            "machine": machine,
+            "settings": settings,
+            "rows": rows,
+            "tried": tried,
+            "targets": verdicts,
+        });
+        fs::write(path, serde_json::to_string_pretty(&results)?)?;
+    }
+    if let Some(path) = &options.document {
+        let text = measurements.clone() + &report::targets(&targets);
+        fs::write(path, report::replace(&fs::read_to_string(path)?, &text)?)?;
+    }
+    println!("{measurements}");
+    for target in &targets {
+        println!("{target}");
+    }
+    println!("\nThe other targets are measured elsewhere: allocations and memory by tests/costs.");
+    Ok(if options.check && !options.passes(&targets) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Outcome<Options> {
+        let arguments: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+        Options::parse(&arguments)
+    }
+
+    #[test]
+    fn only_a_full_run_is_for_the_document() {
+        assert!(parse("--document COMPARE.md --check").is_ok());
+        assert!(parse("--document COMPARE.md --quick").is_err());
+        assert!(parse("--row 64 --document COMPARE.md").is_err());
+    }
+
+    #[test]
+    fn rows_are_chosen_once_each() {
+        assert_eq!(parse("").unwrap().rows.len(), plan::rows().len());
+        let options = parse("--row 64 --row tasks=64 --row get_many").unwrap();
+        let names: Vec<_> = options.rows.iter().map(|row| row.name).collect();
+        assert_eq!(names, ["tasks=64", "get_many"]);
+        for wrong in ["--row 65", "--row", "--slow"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_check_of_everything_takes_every_target() {
+        let unmeasured = targets::judge(&[]);
+        assert!(!parse("--check").unwrap().passes(&unmeasured));
+        let one_row = parse("--check --row 64").unwrap();
+        assert!(one_row.passes(&unmeasured));
+        let mut missed = unmeasured;
+        missed[0].measured = Some(0.1);
+        assert!(!one_row.passes(&missed));
+    }
+
+    #[test]
+    fn a_child_is_told_all_of_its_order() {
+        let order = Order {
+            cell: results::tests::cell(Contender::MemcacheBb8, Work::GetMany, Some(8)),
+            servers: vec!["127.0.0.1:11211".parse().unwrap()],
+            warm_up: 0.3,
+            duration: 2.0,
+        };
+        let told: Order = serde_json::from_str(&serde_json::to_string(&order).unwrap()).unwrap();
+        assert_eq!(told.cell, order.cell);
+        assert_eq!(told.servers, order.servers);
+        assert_eq!((told.warm_up, told.duration), (0.3, 2.0));
+    }
 }

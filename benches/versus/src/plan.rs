@@ -4,6 +4,38 @@ use serde::{Deserialize, Serialize};
 
 use crate::spec::{Cell, Contender, Runtime, Work};
 
+/// How long, and how often.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Settings {
+    pub quick: bool,
+    pub rounds: usize,
+    /// Seconds.
+    pub warm_up: f64,
+    /// Of one measurement, in seconds.
+    pub duration: f64,
+    /// Of one that a configuration is tried in, in seconds.
+    pub trial: f64,
+}
+
+impl Settings {
+    /// About a quarter of an hour for all rows.
+    pub const FULL: Self = Self {
+        quick: false,
+        rounds: 5,
+        warm_up: 0.3,
+        duration: 2.0,
+        trial: 0.4,
+    };
+    /// Whether it works, and roughly how fast it is.
+    pub const QUICK: Self = Self {
+        quick: true,
+        rounds: 1,
+        warm_up: 0.2,
+        duration: 0.7,
+        trial: 0.3,
+    };
+}
+
 /// A row of the table: the same work for all in it, taken in turns.
 #[derive(Clone, Debug)]
 pub struct Row {
@@ -94,6 +126,30 @@ pub fn rows() -> Vec<Row> {
 }
 
 impl Row {
+    /// `tasks=64` is also called by its number alone.
+    pub fn is_called(&self, name: &str) -> bool {
+        self.name == name
+            || self
+                .name
+                .strip_prefix("tasks=")
+                .is_some_and(|number| number == name)
+    }
+
+    /// How long it takes, in seconds, but for what goes wrong.
+    pub fn seconds(&self, settings: &Settings) -> f64 {
+        let trials: usize = self
+            .entries
+            .iter()
+            .filter(|entry| entry.contender.follows().is_none())
+            .map(|entry| self.candidates(*entry, settings.quick).len())
+            // One alone is not tried.
+            .filter(|candidates| *candidates > 1)
+            .sum();
+        let rounds = self.entries.len() * settings.rounds;
+        trials as f64 * (settings.warm_up + settings.trial)
+            + rounds as f64 * (settings.warm_up + settings.duration)
+    }
+
     /// The configurations that an entry is tried in.
     pub fn candidates(&self, entry: Entry, quick: bool) -> Vec<Cell> {
         let runtimes: &[_] = if entry.contender.is_raw() {
@@ -131,17 +187,96 @@ impl Row {
         let sizes = if quick {
             vec![64]
         } else {
-            vec![4, 16, 32, 64, 128, 256]
+            vec![16, 32, 64, 128, 256]
         };
-        let smallest = (self.tasks / 64).max(4);
         let mut sizes: Vec<_> = sizes
             .into_iter()
-            .filter(|&size| size >= smallest && size < self.tasks)
+            .filter(|&size| size < self.tasks)
             .collect();
         if !quick || sizes.is_empty() {
             // One for each task: nobody waits for a connection.
             sizes.push(self.tasks);
         }
         sizes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(name: &str) -> Row {
+        let mut rows = rows();
+        rows.retain(|row| row.is_called(name));
+        assert_eq!(rows.len(), 1, "{name}");
+        rows.remove(0)
+    }
+
+    #[test]
+    fn a_full_run_takes_no_more_than_sixteen_minutes_and_a_quick_one_two() {
+        let minutes = |settings| rows().iter().map(|row| row.seconds(settings)).sum::<f64>() / 60.0;
+        assert!(
+            minutes(&Settings::FULL) < 15.5,
+            "{}",
+            minutes(&Settings::FULL)
+        );
+        assert!(
+            minutes(&Settings::QUICK) < 2.5,
+            "{}",
+            minutes(&Settings::QUICK)
+        );
+    }
+
+    #[test]
+    fn rows_are_called_by_name_or_number() {
+        assert_eq!(row("64").name, "tasks=64");
+        assert_eq!(row("tasks=64").name, "tasks=64");
+        assert_eq!(row("get_many").tasks, 1);
+        assert!(!row("64").is_called("4"));
+    }
+
+    #[test]
+    fn a_pool_is_tried_in_every_size_up_to_one_connection_for_each_task() {
+        assert_eq!(row("1").pools(false), [1]);
+        assert_eq!(row("64").pools(false), [16, 32, 64]);
+        assert_eq!(row("1024").pools(false), [16, 32, 64, 128, 256, 1024]);
+        assert_eq!(row("1024").pools(true), [64]);
+        assert_eq!(row("get_many tasks=8").pools(true), [8]);
+    }
+
+    #[test]
+    fn peers_are_tried_on_both_runtimes_and_memcache_with_both_pools() {
+        let cells = row("64").candidates(mixed(Contender::Memcache), true);
+        let tried: Vec<_> = cells
+            .iter()
+            .map(|cell| (cell.contender, cell.runtime))
+            .collect();
+        for contender in [Contender::Memcache, Contender::MemcacheBb8] {
+            for runtime in [Runtime::Single, Runtime::Multi] {
+                assert!(tried.contains(&(contender, Some(runtime))));
+            }
+        }
+        let raw = row("64").candidates(mixed(Contender::Raw), false);
+        assert_eq!(raw.len(), 1);
+    }
+
+    #[test]
+    fn who_takes_the_runtime_of_another_comes_after_it() {
+        for row in rows() {
+            for (place, entry) in row.entries.iter().enumerate() {
+                let Some(first) = entry.contender.follows() else {
+                    continue;
+                };
+                let first = row
+                    .entries
+                    .iter()
+                    .position(|entry| entry.contender == first);
+                assert!(
+                    first.is_some_and(|first| first < place),
+                    "{}: {entry:?}",
+                    row.name
+                );
+            }
+        }
     }
 }

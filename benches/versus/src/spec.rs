@@ -57,6 +57,15 @@ impl Contender {
         matches!(self, Self::Raw | Self::Raw4)
     }
 
+    /// Whose runtime it takes, so that the two differ in nothing else.
+    pub fn follows(self) -> Option<Self> {
+        match self {
+            Self::Transport => Some(Self::Current),
+            Self::Transport3 => Some(Self::Ring3),
+            _ => None,
+        }
+    }
+
     pub fn title(self) -> &'static str {
         match self {
             Self::Current => "tower-memcached, Executor::current()",
