@@ -148,6 +148,33 @@ async fn with_a_blocked_io_thread() {
 }
 
 #[tokio::test]
+async fn with_a_blocked_io_thread_beside_one_that_finds_the_queue_full() {
+    let servers = servers(1).await;
+    let client = Client::builder()
+        .nodes(addresses(&servers))
+        .connector(Blocking)
+        .executor(Executor::dedicated("blocked-io", 1))
+        .max_value_size(64 << 20)
+        .build()
+        .unwrap();
+    // Two of these are more than a connection's queue takes.
+    let large = || vec![0; 40 << 20];
+    let first = tokio::spawn({
+        let (client, value) = (client.clone(), large());
+        async move { ends_in_time(client.set("k", value, Ttl::NEVER)).await }
+    });
+    tokio::task::yield_now().await;
+    // It would have been the first to be released, and does not wait.
+    let hurried = client.clone().with_timeout(TIMEOUT / 10).unwrap();
+    let error = ends_in_time(hurried.set("k", large(), Ttl::NEVER)).await;
+    assert_eq!(error.kind(), ErrorKind::Overloaded, "{error}");
+    let error = first.await.unwrap();
+    assert_eq!((error.kind(), error.sent()), (ErrorKind::Timeout, Sent::No));
+    let error = ends_in_time(client.get("k")).await;
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+}
+
+#[tokio::test]
 async fn with_a_name_that_resolves_to_nothing_that_answers() {
     // 192.0.2.0/24 is reserved for documentation; nothing is sent beyond this machine when the
     // connector never dials.

@@ -372,10 +372,12 @@ impl Pool {
         let next = state.prepare()?;
         let pipeline = &mut state.pipeline;
         let ticket = pipeline.enqueue(operation, deadline, judge_at, None);
+        let mut unset = None;
+        // Whoever is refused does not wait, and would leave an alarm behind that nobody starts.
         if let Ok(ticket) = &ticket {
             pipeline.poll(ticket, |place| *place = Some(waiter));
+            unset = alarm.and_then(|(runtime, at)| state.alarms.cover(runtime, at));
         }
-        let unset = alarm.and_then(|(runtime, at)| state.alarms.cover(runtime, at));
         drop(state);
         match next {
             Next::Nothing => {}
