@@ -1,6 +1,7 @@
 //! Every call ends by its deadline, whoever is late.
 
 use std::future::pending;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -172,6 +173,24 @@ async fn with_a_blocked_io_thread_beside_one_that_finds_the_queue_full() {
     assert_eq!((error.kind(), error.sent()), (ErrorKind::Timeout, Sent::No));
     let error = ends_in_time(client.get("k")).await;
     assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+}
+
+#[test]
+fn with_a_blocked_io_thread_in_a_runtime_that_keeps_no_time() {
+    let client = Client::builder()
+        .nodes(["127.0.0.1:1"])
+        .connector(Blocking)
+        .executor(Executor::dedicated("blocked-io", 1))
+        .build()
+        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    let runtime = runtime.unwrap();
+    for _ in 0..2 {
+        let started = std::time::Instant::now();
+        let get = AssertUnwindSafe(|| runtime.block_on(client.get("k")));
+        assert!(catch_unwind(get).is_err(), "tokio panics there");
+        assert!(started.elapsed() < TIMEOUT + SLACK);
+    }
 }
 
 #[tokio::test]

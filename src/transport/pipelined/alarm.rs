@@ -109,21 +109,17 @@ impl Unset {
             node: Arc::downgrade(node),
             slot,
         });
-        let mut timer = match spawner.sleep_until(at) {
-            Ok(timer) => Box::pin(timer),
-            Err(error) => {
-                bell.ring();
-                return Err(error);
-            }
-        };
-        let waker = Waker::from(bell.clone());
+        let unset = RingsOnDrop(Some(bell.clone()));
+        // Panics in a runtime that keeps no time.
+        let mut timer = Box::pin(spawner.sleep_until(at)?);
+        let waker = Waker::from(bell);
         // Whoever sets it may have used up what it may do in one go; the timer has no part in that.
         let started =
             Pin::new(&mut unconstrained(timer.as_mut())).poll(&mut Context::from_waker(&waker));
         if started.is_ready() {
-            bell.ring();
             return Ok(());
         }
+        unset.disarm();
         let mut state = node.slot(slot).lock();
         // Unless it has gone off already, or another was set in its place.
         let before = match state.alarms.position(number) {
@@ -159,6 +155,24 @@ impl Bell {
         drop(state);
         drop(alarm);
         woken.into_iter().for_each(Waiter::wake);
+    }
+}
+
+/// For as long as an alarm has no timer: should it never have one, those who rely on it are to see to
+/// themselves.
+struct RingsOnDrop(Option<Arc<Bell>>);
+
+impl RingsOnDrop {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for RingsOnDrop {
+    fn drop(&mut self) {
+        if let Some(bell) = self.0.take() {
+            bell.ring();
+        }
     }
 }
 
