@@ -26,9 +26,11 @@ pin_project! {
         S: Service<Request>,
     {
         shared: &'a Shared,
-        step: Step<'a>,
+        // Before the step, for they are dropped in this order: an operation is under way until all that
+        // is below it is gone, and has noted what it leaves in doubt.
         #[pin]
         call: Call<'a, S>,
+        step: Step<'a>,
     }
 }
 

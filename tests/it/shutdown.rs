@@ -1,8 +1,9 @@
 //! The end of a client: what is under way ends by itself, what does not is ended and reported, and
 //! nothing is left.
 
-use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::FutureExt as _;
@@ -573,6 +574,40 @@ async fn several_shutdowns_end_by_their_own_deadlines_and_say_the_same() {
     let expected = (report(|of| of.requests = 1), ms(200));
     assert_eq!([&patient, &hasty, &later], [&expected; 3]);
     assert_eq!(ending(secs(10)).await, expected, "at once, and the same");
+}
+
+#[tokio::test]
+async fn an_operation_that_is_dropped_is_under_way_until_all_of_it_is_gone() {
+    type Probe = Box<dyn Fn() -> bool + Send + Sync>;
+    struct Dropped(Arc<OnceLock<Probe>>, Arc<AtomicUsize>);
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            let ends_at_once = self.0.get().unwrap()();
+            self.1.store(1 + usize::from(ends_at_once), Relaxed);
+        }
+    }
+    let (probe, seen) = (
+        Arc::new(OnceLock::<Probe>::new()),
+        Arc::<AtomicUsize>::default(),
+    );
+    let service = service_fn({
+        let (probe, seen) = (probe.clone(), Arc::clone(&seen));
+        move |_: Request| {
+            let dropped = Dropped(probe.clone(), seen.clone());
+            async move {
+                let _dropped = dropped;
+                std::future::pending::<Result<Response, BoxError>>().await
+            }
+        }
+    });
+    let client = Client::from_service(service);
+    let same = client.clone();
+    let shuts_down = move || same.shutdown(secs(1)).now_or_never().is_some();
+    assert!(probe.set(Box::new(shuts_down)).is_ok());
+    // What its drop has to say (a write in doubt) is for whoever waits for it to end.
+    assert!(client.get("k").now_or_never().is_none());
+    assert_eq!(seen.load(Relaxed), 1, "nothing was under way any more");
+    assert!(client.shutdown(secs(1)).await.is_clean());
 }
 
 #[tokio::test(start_paused = true)]
