@@ -145,8 +145,13 @@ struct Agenda {
 /// it is being woken that costs, not what is done then.
 fn on_a_tick(due: Instant, wait: Duration) -> Instant {
     static BEGINNING: OnceLock<Instant> = OnceLock::new();
-    // The waits differ; their ticks must not.
-    let tick = (wait / 20).as_micros().checked_ilog2().map(|log| 1 << log);
+    // The waits differ; their ticks must not. One that is longer than all that has passed would be its beginning.
+    let longest = Duration::from_secs(60 * 60);
+    let tick = (wait / 20)
+        .min(longest)
+        .as_micros()
+        .checked_ilog2()
+        .map(|log| 1 << log);
     let passed = due.saturating_duration_since(*BEGINNING.get_or_init(Instant::now));
     let early = tick.map_or(0, |tick: u128| passed.as_micros() % tick);
     due - Duration::from_micros(early as u64)

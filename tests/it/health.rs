@@ -490,3 +490,19 @@ async fn a_get_that_takes_long_is_asked_again_over_another_connection() {
     let error = one.build().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidConfiguration);
 }
+
+#[tokio::test]
+async fn a_period_without_end_means_no_probes() {
+    let server = server().await;
+    let client = patient(std::slice::from_ref(&server))
+        .probe(
+            ProbeSettings::default()
+                .initial_delay(ms(1))
+                .period(Duration::MAX),
+        )
+        .build()
+        .unwrap();
+    client.get("k").await.unwrap();
+    sleep(ms(300)).await;
+    assert!(server.commands() < 20, "{}", server.commands());
+}
