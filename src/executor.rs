@@ -228,9 +228,9 @@ pub(crate) fn timer(spawner: Option<&Spawner>, deadline: Instant) -> Result<Slee
     }
 }
 
-/// Whether the caller's own runtime keeps time for it. Most callers are tasks, which is told faster.
+/// Whether the caller's own runtime keeps time for it. A task of a `LocalSet` may have none.
 fn is_in_runtime() -> bool {
-    tokio::task::try_id().is_some() || Handle::try_current().is_ok()
+    Handle::try_current().is_ok()
 }
 
 /// Runs a future until `deadline`; `None` if that comes first.

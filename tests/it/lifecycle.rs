@@ -50,6 +50,19 @@ fn a_client_with_threads_of_its_own_works_outside_a_runtime() {
 }
 
 #[test]
+fn a_task_of_a_local_set_needs_no_runtime() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let servers = runtime.block_on(servers(1));
+    let client = Client::builder()
+        .nodes(addresses(&servers))
+        .build()
+        .unwrap();
+    let get = async move { tokio::task::spawn_local(async move { client.get("k").await }).await };
+    let got = futures::executor::block_on(tokio::task::LocalSet::new().run_until(get));
+    assert_eq!(got.unwrap().unwrap(), None);
+}
+
+#[test]
 fn a_service_starts_with_its_cache_down() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
