@@ -125,7 +125,7 @@ where
                 let latest = after(now, *timeout);
                 request.limit(latest);
                 if *this.alarmed {
-                    request.begin(now);
+                    request.tell_time(now);
                 }
                 *this.deadline.insert(request.deadline().unwrap_or(latest))
             }

@@ -386,7 +386,7 @@ pub struct Request {
     route: u32,
     alarmed: bool,
     attempt_timeout: Option<Duration>,
-    begun: Option<Instant>,
+    time: Option<Instant>,
 }
 
 /// What a request is made for, besides what it asks.
@@ -415,7 +415,7 @@ impl Request {
             route: 0,
             alarmed: false,
             attempt_timeout: None,
-            begun: None,
+            time: None,
         }
     }
 
@@ -469,18 +469,18 @@ impl Request {
     }
 
     /// What time it is, for those below that it is given to before it is any later.
-    pub(crate) fn begin(&mut self, now: Instant) {
-        self.begun = Some(now);
+    pub(crate) fn tell_time(&mut self, now: Instant) {
+        self.time = Some(now);
     }
 
     /// It is later now.
-    pub(crate) fn end(&mut self) {
-        self.begun = None;
+    pub(crate) fn forget_time(&mut self) {
+        self.time = None;
     }
 
     /// What time it is. It is told once.
-    pub(crate) fn now(&mut self) -> Instant {
-        self.begun.take().unwrap_or_else(Instant::now)
+    pub(crate) fn take_time(&mut self) -> Instant {
+        self.time.take().unwrap_or_else(Instant::now)
     }
 
     /// Says which functional group's failure mode, retry budget and nodes are its.

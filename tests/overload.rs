@@ -170,7 +170,8 @@ where
 #[tokio::test(start_paused = true)]
 async fn some_late_answers_among_those_in_time_refuse_nothing() {
     for one_in in [2, 10, 1_000] {
-        let takes = move |nth: u64| Duration::from_millis(if nth % one_in == 0 { 20 } else { 4 });
+        let takes =
+            move |nth: u64| Duration::from_millis(if nth.is_multiple_of(one_in) { 20 } else { 4 });
         let node = node_of(slow_by_itself(takes));
         let ended = calls(&node, 50, 2_000).await;
         assert_eq!(ended, (0, 0), "one in {one_in}");

@@ -69,7 +69,7 @@ where
         };
         let addressed = shared.addressed(&request, origin);
         // For any other attempt it will be later.
-        request.end();
+        request.forget_time();
         let hedge = match origin {
             Origin::Home => Hedge::new(shared, &node, &request),
             Origin::Moved => None,

@@ -374,7 +374,7 @@ where
 
     fn call(&mut self, mut request: Request) -> GroupFuture<S> {
         // It may have to wait.
-        request.end();
+        request.forget_time();
         let terms = self.shared.terms.load();
         let ends = terms.timeout.map(|timeout| after(Instant::now(), timeout));
         if let Some(ends) = ends {

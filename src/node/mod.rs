@@ -494,14 +494,14 @@ where
                             shared.refused(this.asked, &error);
                             return Poll::Ready(Err(error));
                         }
-                        let now = request.now();
+                        let now = request.take_time();
                         *this.entered = Some(now);
                         if shared.times_attempts {
                             let timeout = shared.settings.load().attempt_timeout;
                             *this.timer = Some(Timer::new(request, now, timeout));
                         } else {
                             // Right below is our own transport.
-                            request.begin(now);
+                            request.tell_time(now);
                         }
                     }
                     match service.poll_ready(cx) {

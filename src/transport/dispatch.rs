@@ -261,7 +261,7 @@ impl Future for TransportFuture {
             && transport.is_classic() != matches!(asked, Asking::Classic(_))
         {
             let mut request = asked.into_request();
-            request.end();
+            request.forget_time();
             let asking = this.asking.insert(transport.send(request));
             return asking.poll(cx);
         }

@@ -5,7 +5,13 @@
 //! as all of its routing. Nearly all of them are answered long before. So the first to wait sets an
 //! alarm for its own deadline, which covers all those behind it that are released later; when it goes
 //! off everybody is woken who waits there, and the first of those that still have to wait sets the next.
-//! Each request is woken at most once too often for each alarm that it lives to see.
+//! Each request is woken at most once too often for each alarm that it lives to see. That is few while the
+//! connection's own timer releases who is due; with its task held up, and deadlines of all lengths, it may
+//! be one for each millisecond in which somebody is due.
+//!
+//! An alarm that is recorded is trusted, also by those who come before its timer runs. So whoever was
+//! given an [`Unset`] has to start it; where no timer can be made the alarm is taken back, and those
+//! who wait are woken to see to themselves.
 
 use std::pin::Pin;
 use std::sync::{Arc, Weak};

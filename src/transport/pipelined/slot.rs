@@ -485,7 +485,7 @@ enum Started {
 fn start(pool: Arc<Pool>, request: &mut Request, cx: &mut Context<'_>) -> Result<Started> {
     let node = &pool.node;
     let terms = &node.site.terms;
-    let now = request.now();
+    let now = request.take_time();
     let operation = request.operation();
     let name = |error: Error| error.at_node(&node.site.name);
 
