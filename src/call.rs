@@ -134,6 +134,8 @@ where
         // The service before the timer: at the deadline it may know more than that it has passed
         // (the node, whether it was sent, half of a multi-key read).
         let mut sent = Sent::Maybe;
+        // Only what is promised in this very poll counts.
+        forget_wake();
         let polled = loop {
             match this.step.as_mut().project() {
                 StepProjection::Waiting { service, .. } => {
@@ -156,10 +158,7 @@ where
                     let future = service.call(request);
                     this.step.set(Step::Called { future });
                 }
-                StepProjection::Called { future } => {
-                    forget_wake();
-                    break future.poll(cx);
-                }
+                StepProjection::Called { future } => break future.poll(cx),
                 StepProjection::Done => panic!("polled after completion"),
             }
         };

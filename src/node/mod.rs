@@ -2,7 +2,7 @@
 //!
 //! Read from top to bottom, a request to a node meets
 //! 1. the circuit breaker's [`gate`]: while it is shut the request fails at once, unsent;
-//! 2. the in-flight limit, lowered while the node answers late ([`throttle`]);
+//! 2. the in-flight limit, lowered while the node answers late if that is wanted ([`throttle`]);
 //! 3. the attempt's time-out, where the service below has none of its own;
 //! 4. the service below: the user's node layers around the transport.
 //!
@@ -82,7 +82,8 @@ pub struct NodeStatus {
     pub last_cause: Option<Error>,
     /// Requests at it now.
     pub in_flight: usize,
-    /// How many may be: its [limit](crate::ClientBuilder::max_in_flight), or fewer while it answers late.
+    /// How many may be: its [limit](crate::ClientBuilder::max_in_flight), or, with an
+    /// [adaptive](crate::ClientBuilder::adaptive_limit) one, fewer while it answers late.
     pub max_in_flight: usize,
     /// Connections to it that are up.
     pub connections: usize,

@@ -6,7 +6,8 @@
 //! as it can, and settles requests as replies come (`connection.rs`). A request's future encodes
 //! it straight into the queue when first polled, and takes its outcome from there.
 //!
-//! Time-outs are found by the connection's one timer, or by the caller's own, whichever is first.
+//! Time-outs are found by the connection's one timer, or by the caller's own (or the
+//! [`alarm`] that callers share), whichever is first.
 //! A connection that times out three requests in a row, sent over at least an attempt timeout, or
 //! that has received no byte for the stall timeout while something is unanswered, is closed; what
 //! was on it ends there and then.
