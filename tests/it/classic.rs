@@ -299,6 +299,40 @@ async fn a_token_from_before_a_restart_is_not_sent() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_token_waits_for_its_connection_as_long_as_any_request_and_no_longer() {
+    let server = Server::new();
+    let client: Client = classic(&server)
+        .pool_size(2)
+        .attempt_timeout(ms(50))
+        .stall_timeout(ms(500))
+        .timeout(ms(200))
+        .max_attempts(1)
+        .consecutive_timeouts(u32::MAX)
+        .failure_mode(FailureMode::Cancel)
+        .build()
+        .unwrap();
+    client.set("k", "v", TTL).await.unwrap();
+    let token = client.gets("k").await.unwrap().unwrap().cas().unwrap();
+    server.delay(ms(400));
+    let on_the_first = client.get("k").await.unwrap_err();
+    assert_eq!(on_the_first.kind(), ErrorKind::Timeout);
+    server.delay(Duration::ZERO);
+    client.get("k").await.unwrap().unwrap();
+    assert_eq!(server.connections_accepted(), 2, "the second one is idle");
+
+    let (asked, sent) = (Instant::now(), server.commands_named("cas"));
+    let outcome = client.cas("k", "w", TTL, token).await.unwrap();
+    assert_eq!(outcome, CasOutcome::Exists);
+    assert_eq!(server.commands_named("cas"), sent);
+    assert!(asked.elapsed() <= ms(55), "{:?}", asked.elapsed());
+
+    // The connection answers at last, and is the token's still.
+    sleep(ms(400)).await;
+    let outcome = client.cas("k", "w", TTL, token).await.unwrap();
+    assert_eq!(outcome, CasOutcome::Stored);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_was_queued_when_a_node_opens_moves_and_is_not_sent() {
     let servers = [Server::new(), Server::new(), Server::new()];
     let client: Client = in_memory(&servers)

@@ -115,8 +115,12 @@ impl Job {
                     // The pool gives the one that has waited longest. Once all that waited were looked
                     // at, the right one is in use.
                     if unfit % self.shared.size == 0 {
-                        let pause = after(Instant::now(), PAUSE).min(self.released_at());
-                        sleep_until(pause).await;
+                        let (now, released_at) = (Instant::now(), self.released_at());
+                        // While others are idle, the wait for a connection has no end of its own.
+                        if released_at <= now {
+                            return self.tell(Ok(Response::Swapped(CasOutcome::Exists)));
+                        }
+                        sleep_until(after(now, PAUSE).min(released_at)).await;
                     }
                     continue;
                 }
