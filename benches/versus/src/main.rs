@@ -224,7 +224,7 @@ fn run(
     row: &Row,
     settings: &Settings,
     servers: &[SocketAddr],
-    tried: &mut Vec<(Cell, Measured)>,
+    tried: &mut Vec<Line>,
 ) -> Outcome<RowResult> {
     let order = |cell, duration| Order {
         cell,
@@ -243,17 +243,16 @@ fn run(
         let cell = if let [only] = cells[..] {
             only
         } else {
-            let began = tried.len();
-            for cell in cells {
-                tried.push((cell, take(&order(cell, settings.trial))?));
+            let (began, trials) = (tried.len(), settings.trials(cells.len()));
+            tried.extend(cells.into_iter().map(|cell| Line::new(*entry, cell)));
+            for _ in 0..trials {
+                for line in &mut tried[began..] {
+                    line.rounds.push(take(&order(line.cell, settings.trial))?);
+                }
             }
             results::best(&tried[began..]).ok_or("nothing to try")?
         };
-        lines.push(Line {
-            entry: *entry,
-            cell,
-            rounds: Vec::new(),
-        });
+        lines.push(Line::new(*entry, cell));
     }
     for _ in 0..settings.rounds {
         for line in &mut lines {

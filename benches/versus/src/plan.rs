@@ -15,16 +15,22 @@ pub struct Settings {
     pub duration: f64,
     /// Of one that a configuration is tried in, in seconds.
     pub trial: f64,
+    /// How often each of a [few](FEW) configurations is tried; of more than a few each is tried once.
+    pub trials_of_few: usize,
 }
+
+/// So many configurations, of which two may differ by less than one trial says. Pools differ by more.
+const FEW: usize = 4;
 
 impl Settings {
     /// About a quarter of an hour for all rows.
     pub const FULL: Self = Self {
         quick: false,
         rounds: 5,
-        warm_up: 0.3,
+        warm_up: 0.25,
         duration: 2.0,
         trial: 0.4,
+        trials_of_few: 3,
     };
     /// Whether it works, and roughly how fast it is.
     pub const QUICK: Self = Self {
@@ -33,7 +39,18 @@ impl Settings {
         warm_up: 0.2,
         duration: 0.7,
         trial: 0.3,
+        trials_of_few: 1,
     };
+}
+
+impl Settings {
+    /// How often each of so many configurations is tried.
+    pub fn trials(&self, candidates: usize) -> usize {
+        match candidates <= FEW {
+            true => self.trials_of_few,
+            false => 1,
+        }
+    }
 }
 
 /// A row of the table: the same work for all in it, taken in turns.
@@ -144,6 +161,7 @@ impl Row {
             .map(|entry| self.candidates(*entry, settings.quick).len())
             // One alone is not tried.
             .filter(|candidates| *candidates > 1)
+            .map(|candidates| candidates * settings.trials(candidates))
             .sum();
         let rounds = self.entries.len() * settings.rounds;
         trials as f64 * (settings.warm_up + settings.trial)

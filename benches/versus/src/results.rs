@@ -34,6 +34,14 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
 }
 
 impl Line {
+    pub fn new(entry: Entry, cell: Cell) -> Self {
+        Self {
+            entry,
+            cell,
+            rounds: Vec::new(),
+        }
+    }
+
     pub fn errors(&self) -> u64 {
         self.rounds.iter().map(|round| round.errors).sum()
     }
@@ -78,18 +86,23 @@ impl RowResult {
 
 /// Of what has been tried the cell with the most throughput, and of those within 5 % of it the one with the
 /// lowest p99. What has errors is taken only if everything has.
-pub fn best(tried: &[(Cell, Measured)]) -> Option<Cell> {
-    let faultless = || tried.iter().filter(|(_, measured)| measured.errors == 0);
+pub fn best(tried: &[Line]) -> Option<Cell> {
+    let faultless = || {
+        let figures = |line: &Line| Some((line.throughput()?, line.median(|trial| trial.p99)?));
+        tried
+            .iter()
+            .filter_map(move |line| Some((line.cell, figures(line)?)))
+    };
     let most = faultless()
-        .map(|(_, measured)| measured.throughput)
+        .map(|(_, (throughput, _))| throughput)
         .max_by(f64::total_cmp);
     let Some(most) = most else {
-        return tried.first().map(|(cell, _)| *cell);
+        return tried.first().map(|line| line.cell);
     };
     faultless()
-        .filter(|(_, measured)| measured.throughput >= most * 0.95)
-        .min_by(|(_, one), (_, other)| one.p99.total_cmp(&other.p99))
-        .map(|(cell, _)| *cell)
+        .filter(|(_, (throughput, _))| *throughput >= most * 0.95)
+        .min_by(|(_, (_, one)), (_, (_, other))| one.total_cmp(other))
+        .map(|(cell, _)| cell)
 }
 
 #[cfg(test)]
@@ -151,17 +164,26 @@ pub mod tests {
     #[test]
     fn the_best_configuration_is_the_fastest_but_for_a_much_lower_p99() {
         let peer = |pool| cell(Contender::MemcacheAsync, Work::Mixed, Some(pool));
+        let tried = |pool, throughput, p99| Line {
+            cell: peer(pool),
+            ..line(Contender::MemcacheAsync, vec![measured(throughput, p99)])
+        };
         let mut tried = vec![
-            (peer(16), measured(90_000.0, 10.0)),
-            (peer(32), measured(96_000.0, 200.0)),
-            (peer(64), measured(100_000.0, 900.0)),
+            tried(16, 90_000.0, 10.0),
+            tried(32, 96_000.0, 200.0),
+            tried(64, 100_000.0, 900.0),
         ];
         // Within 5 %, and its p99 is lower; the first is slower than that.
         assert_eq!(best(&tried), Some(peer(32)));
-        tried[1].1.errors = 1;
+        tried[1].rounds[0].errors = 1;
         assert_eq!(best(&tried), Some(peer(64)));
-        tried[0].1.errors = 1;
-        tried[2].1.errors = 1;
+        // Tried three times, the first is the fastest twice.
+        tried[0]
+            .rounds
+            .extend([measured(200_000.0, 1.0), measured(200_000.0, 1.0)]);
+        assert_eq!(best(&tried), Some(peer(16)));
+        tried[0].rounds[2].errors = 1;
+        tried[2].rounds[0].errors = 1;
         assert_eq!(best(&tried), Some(peer(16)), "its errors are to be seen");
     }
 
