@@ -22,63 +22,52 @@ const CRLF: &[u8] = b"\r\n";
 pub(crate) fn encode(operation: &Operation, opaque: u32, out: &mut BytesMut) -> Option<Bytes> {
     match operation {
         Operation::Get { key, with_cas } => {
-            let mut line = Line::start(out, b"mg ", key);
-            line.flags(if *with_cas { b" v f c" } else { b" v f" });
-            line.end(opaque, key);
+            let flags: &[u8] = if *with_cas { b" v f c" } else { b" v f" };
+            line(out, b"mg ", key, opaque, |line| line.put(flags));
         }
-        Operation::Lookup { key, lease } => {
-            let mut line = Line::start(out, b"mg ", key);
-            line.flags(b" v f c t");
+        Operation::Lookup { key, lease } => line(out, b"mg ", key, opaque, |line| {
+            line.put(b" v f c t");
             if let Some(terms) = lease {
                 line.seconds(b" N", terms.duration);
                 if !terms.recache.is_zero() {
                     line.seconds(b" R", terms.recache);
                 }
             }
-            line.end(opaque, key);
-        }
+        }),
         Operation::GetMany { keys } => {
             for (key, opaque) in keys.iter().zip((0..).map(|n| opaque.wrapping_add(n))) {
-                let mut line = Line::start(out, b"mg ", key);
-                line.flags(b" v f q");
-                line.end(opaque, key);
+                line(out, b"mg ", key, opaque, |line| line.put(b" v f q"));
             }
             out.put_slice(b"mn\r\n");
         }
-        Operation::GetAndTouch { key, ttl } => {
-            let mut line = Line::start(out, b"mg ", key);
-            line.flags(b" v f");
+        Operation::GetAndTouch { key, ttl } => line(out, b"mg ", key, opaque, |line| {
+            line.put(b" v f");
             line.ttl(*ttl);
-            line.end(opaque, key);
-        }
-        Operation::Touch { key, ttl } => {
-            let mut line = Line::start(out, b"mg ", key);
-            line.ttl(*ttl);
-            line.end(opaque, key);
-        }
+        }),
+        Operation::Touch { key, ttl } => line(out, b"mg ", key, opaque, |line| line.ttl(*ttl)),
         Operation::Store {
             mode,
             key,
             payload,
             ttl,
         } => {
-            let mut line = Line::start(out, b"ms ", key);
-            line.payload_length(payload);
-            match mode {
-                StoreMode::Set => line.ttl(*ttl),
-                StoreMode::Add | StoreMode::Claim => {
-                    line.flags(b" ME");
-                    line.ttl(*ttl);
+            line(out, b"ms ", key, opaque, |line| {
+                line.payload_length(payload);
+                match mode {
+                    StoreMode::Set => line.ttl(*ttl),
+                    StoreMode::Add | StoreMode::Claim => {
+                        line.put(b" ME");
+                        line.ttl(*ttl);
+                    }
+                    StoreMode::Replace => {
+                        line.put(b" MR");
+                        line.ttl(*ttl);
+                    }
+                    // These keep the TTL that is there.
+                    StoreMode::Append => line.put(b" MA"),
+                    StoreMode::Prepend => line.put(b" MP"),
                 }
-                StoreMode::Replace => {
-                    line.flags(b" MR");
-                    line.ttl(*ttl);
-                }
-                // These keep the TTL that is there.
-                StoreMode::Append => line.flags(b" MA"),
-                StoreMode::Prepend => line.flags(b" MP"),
-            }
-            line.end(opaque, key);
+            });
             return body(payload, out);
         }
         Operation::CompareAndSwap {
@@ -87,27 +76,25 @@ pub(crate) fn encode(operation: &Operation, opaque: u32, out: &mut BytesMut) -> 
             ttl,
             token,
         } => {
-            let mut line = Line::start(out, b"ms ", key);
-            line.payload_length(payload);
-            line.ttl(*ttl);
-            line.number(b" C", token.unique);
-            line.end(opaque, key);
+            line(out, b"ms ", key, opaque, |line| {
+                line.payload_length(payload);
+                line.ttl(*ttl);
+                line.number(b" C", token.unique);
+            });
             return body(payload, out);
         }
-        Operation::Delete { key } => Line::start(out, b"md ", key).end(opaque, key),
+        Operation::Delete { key } => line(out, b"md ", key, opaque, |_| {}),
         Operation::Arithmetic {
             key,
             delta,
             direction,
-        } => {
-            let mut line = Line::start(out, b"ma ", key);
-            line.flags(match direction {
+        } => line(out, b"ma ", key, opaque, |line| {
+            line.put(match direction {
                 Direction::Up => b" v MI",
                 Direction::Down => b" v MD",
             });
             line.number(b" D", *delta);
-            line.end(opaque, key);
-        }
+        }),
         Operation::Version => out.put_slice(b"version\r\n"),
         Operation::FlushAll => out.put_slice(b"flush_all\r\n"),
         Operation::Stats => out.put_slice(b"stats\r\n"),
@@ -127,26 +114,47 @@ pub(crate) fn body(payload: &Payload, out: &mut BytesMut) -> Option<Bytes> {
     None
 }
 
-/// A meta command line in the making.
-struct Line<'a>(&'a mut BytesMut);
+/// Room for a command and all the flags there are, in bytes.
+const FLAGS: usize = 96;
 
-impl<'a> Line<'a> {
-    fn start(out: &'a mut BytesMut, command: &[u8], key: &Key) -> Self {
-        // Enough for every flag there is, so that what follows never reallocates.
-        out.reserve(key.as_bytes().len() + 96);
-        out.put_slice(command);
-        out.put_slice(key.as_bytes());
-        Self(out)
+/// Writes a meta command line, with what `flags` puts into it.
+fn line(
+    out: &mut BytesMut,
+    command: &[u8; 3],
+    key: &Key,
+    opaque: u32,
+    flags: impl FnOnce(&mut Line<'_>),
+) {
+    let (start, name) = (out.len(), key.as_bytes());
+    // Once for the whole line: to append to the buffer piece by piece takes four times as long.
+    out.resize(start + name.len() + FLAGS, 0);
+    let mut line = Line(&mut out[start..]);
+    line.put(command);
+    line.put(name);
+    flags(&mut line);
+    if key.is_binary() {
+        line.put(b" b");
+    }
+    line.number(b" O", opaque);
+    line.put(CRLF);
+    let left = line.0.len();
+    out.truncate(out.len() - left);
+}
+
+/// The room that is left of a line in the making.
+struct Line<'a>(&'a mut [u8]);
+
+impl Line<'_> {
+    #[inline]
+    fn put(&mut self, bytes: &[u8]) {
+        let (here, left) = std::mem::take(&mut self.0).split_at_mut(bytes.len());
+        here.copy_from_slice(bytes);
+        self.0 = left;
     }
 
-    fn flags(&mut self, flags: &[u8]) {
-        self.0.put_slice(flags);
-    }
-
-    fn number(&mut self, flag: &[u8], number: impl itoa::Integer) {
-        self.0.put_slice(flag);
-        self.0
-            .put_slice(itoa::Buffer::new().format(number).as_bytes());
+    fn number(&mut self, flag: &[u8; 2], number: impl itoa::Integer) {
+        self.put(flag);
+        self.put(itoa::Buffer::new().format(number).as_bytes());
     }
 
     fn ttl(&mut self, ttl: Ttl) {
@@ -155,22 +163,15 @@ impl<'a> Line<'a> {
     }
 
     /// A duration, as a TTL says it.
-    fn seconds(&mut self, flag: &[u8], duration: Duration) {
+    fn seconds(&mut self, flag: &[u8; 2], duration: Duration) {
         self.number(flag, Ttl::from(duration).wire().max(1));
     }
 
     fn payload_length(&mut self, payload: &Payload) {
-        self.number(b" ", payload.data().len());
+        self.put(b" ");
+        self.put(itoa::Buffer::new().format(payload.data().len()).as_bytes());
         if payload.flags() != 0 {
             self.number(b" F", payload.flags());
         }
-    }
-
-    fn end(mut self, opaque: u32, key: &Key) {
-        if key.is_binary() {
-            self.flags(b" b");
-        }
-        self.number(b" O", opaque);
-        self.flags(CRLF);
     }
 }
