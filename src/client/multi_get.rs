@@ -1,6 +1,7 @@
 //! The result of a multi-key read: partial by design.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::key::Key;
@@ -55,20 +56,26 @@ impl<V> From<Result<Option<V>>> for Outcome<V> {
 /// others alone.
 #[derive(Clone, Debug)]
 pub struct MultiGet<V = Value> {
-    /// An invalid key is none, and its outcome says so.
-    keys: Vec<Option<Key>>,
+    /// The valid ones, in order.
+    keys: Arc<[Key]>,
+    /// The places of the others among the outcomes, ascending.
+    invalid: Vec<usize>,
     outcomes: Vec<Outcome<V>>,
 }
 
 impl<V> Default for MultiGet<V> {
     fn default() -> Self {
-        Self::new(Vec::new(), Vec::new())
+        Self::new(Arc::default(), Vec::new(), Vec::new())
     }
 }
 
 impl<V> MultiGet<V> {
-    pub(super) fn new(keys: Vec<Option<Key>>, outcomes: Vec<Outcome<V>>) -> Self {
-        Self { keys, outcomes }
+    pub(super) fn new(keys: Arc<[Key]>, invalid: Vec<usize>, outcomes: Vec<Outcome<V>>) -> Self {
+        Self {
+            keys,
+            invalid,
+            outcomes,
+        }
     }
 
     /// How many keys were asked for, repeated ones included.
@@ -97,17 +104,18 @@ impl<V> MultiGet<V> {
 
     /// The keys with their outcomes, in order, without keys that were invalid.
     pub fn iter(&self) -> impl Iterator<Item = (&Key, &Outcome<V>)> {
-        let pairs = self.keys.iter().zip(&self.outcomes);
-        pairs.filter_map(|(key, outcome)| Some((key.as_ref()?, outcome)))
+        let valid = valid(self.outcomes.iter(), self.invalid.iter());
+        self.keys.iter().zip(valid)
     }
 
     /// The hits, by key.
     #[must_use]
     pub fn into_hits(self) -> HashMap<Key, V> {
-        let pairs = self.keys.into_iter().zip(self.outcomes);
-        let hit = |(key, outcome)| match (key, outcome) {
-            (Some(key), Outcome::Hit(value)) => Some((key, value)),
-            _ => None,
+        let outcomes = valid(self.outcomes.into_iter(), self.invalid.iter());
+        let pairs = self.keys.iter().zip(outcomes);
+        let hit = |(key, outcome): (&Key, _)| match outcome {
+            Outcome::Hit(value) => Some((key.clone(), value)),
+            Outcome::Miss | Outcome::Error(_) => None,
         };
         pairs.filter_map(hit).collect()
     }
@@ -131,17 +139,34 @@ impl<V> MultiGet<V> {
     }
 }
 
+/// The outcomes but those in the places of invalid keys.
+fn valid<'a, T>(
+    outcomes: impl Iterator<Item = T>,
+    invalid: impl Iterator<Item = &'a usize>,
+) -> impl Iterator<Item = T> {
+    let mut invalid = invalid.copied().peekable();
+    let places = outcomes.enumerate();
+    places.filter_map(move |(place, outcome)| match invalid.next_if_eq(&place) {
+        Some(_) => None,
+        None => Some(outcome),
+    })
+}
+
 #[cfg(feature = "serde")]
 impl<V> MultiGet<V> {
     pub(crate) fn map<W>(self, into: impl FnMut(Outcome<V>) -> Outcome<W>) -> MultiGet<W> {
         let outcomes = self.outcomes.into_iter().map(into);
-        MultiGet::new(self.keys, outcomes.collect())
+        MultiGet::new(self.keys, self.invalid, outcomes.collect())
     }
 
     /// The keys with such errors, and their places.
     pub(crate) fn keys_failed(&self, such: impl Fn(&Error) -> bool) -> (Vec<usize>, Vec<Key>) {
         let failed = self.errors().filter(|(_, error)| such(error));
-        let placed = failed.filter_map(|(place, _)| Some((place, self.keys[place].clone()?)));
+        let placed = failed.filter_map(|(place, _)| {
+            // Where it would be among the invalid ones is how many of them are before it.
+            let before = self.invalid.binary_search(&place).err()?;
+            Some((place, self.keys[place - before].clone()))
+        });
         placed.unzip()
     }
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tower::Service;
 
-use super::{Client, MultiGet, misfit};
-use crate::error::{BoxError, Result};
+use super::{Client, MultiGet, Outcome, misfit};
+use crate::error::{BoxError, Error, Result};
 use crate::executor::after;
 use crate::key::{IntoKey, Key};
 use crate::read_through::{Cache, Loads, Query};
@@ -84,7 +84,7 @@ where
     {
         let asked = Asked::parse(keys);
         let operation = Operation::GetMany {
-            keys: asked.valid.clone().into(),
+            keys: asked.valid.clone(),
         };
         let answer = match asked.valid.len() {
             0 => Ok(Vec::new()),
@@ -310,8 +310,9 @@ where
 
 /// The keys of a multi-key operation, as they were given.
 struct Asked {
-    parsed: Vec<Result<Key>>,
-    valid: Vec<Key>,
+    valid: Arc<[Key]>,
+    /// What is wrong with the others, by their places.
+    invalid: Vec<(usize, Error)>,
 }
 
 impl Asked {
@@ -320,29 +321,36 @@ impl Asked {
         I: IntoIterator,
         I::Item: IntoKey,
     {
-        let parsed: Vec<Result<Key>> = keys.into_iter().map(IntoKey::into_key).collect();
-        let valid = parsed.iter().flatten().cloned().collect();
-        Self { parsed, valid }
+        let keys = keys.into_iter();
+        let (mut valid, mut invalid) = (Vec::with_capacity(keys.size_hint().0), Vec::new());
+        for (place, key) in keys.enumerate() {
+            match key.into_key() {
+                Ok(key) => valid.push(key),
+                Err(error) => invalid.push((place, error)),
+            }
+        }
+        let valid = valid.into();
+        Self { valid, invalid }
     }
 
     /// With one answer for each valid key.
     fn answered(self, answers: Vec<Result<Option<Value>>>) -> MultiGet {
-        let mut answers = answers.into_iter();
-        let mut outcomes = Vec::with_capacity(self.parsed.len());
-        let mut keys = Vec::with_capacity(self.parsed.len());
-        for key in self.parsed {
-            match key {
-                Ok(key) => {
-                    keys.push(Some(key));
-                    outcomes.extend(answers.next().map(Into::into));
-                }
-                Err(error) => {
-                    keys.push(None);
-                    outcomes.push(Err(error).into());
-                }
+        let places = self.invalid.iter().map(|&(place, _)| place).collect();
+        let answers = answers.into_iter().map(Outcome::from);
+        let outcomes = match self.invalid.len() {
+            // In the memory that the answers were in.
+            0 => answers.collect(),
+            invalid => {
+                let (mut answers, all) = (answers, self.valid.len() + invalid);
+                let mut invalid = self.invalid.into_iter().peekable();
+                let mut at = |place| match invalid.next_if(|(at, _)| *at == place) {
+                    Some((_, error)) => Some(Outcome::Error(error)),
+                    None => answers.next(),
+                };
+                (0..all).filter_map(&mut at).collect()
             }
-        }
-        MultiGet::new(keys, outcomes)
+        };
+        MultiGet::new(self.valid, places, outcomes)
     }
 }
 

@@ -33,7 +33,9 @@ pub(super) struct Many<S: Service<Request>> {
     keys: Arc<[Key]>,
     deadline: Option<Instant>,
     attempt_timeout: Option<Duration>,
-    outcomes: Vec<Option<Result<Option<Value>>>>,
+    /// Empty until one of them is known: what a node says of all the keys is taken as it is. Then a
+    /// miss, of each that is not known.
+    outcomes: Vec<Result<Option<Value>>>,
     batches: Vec<Batch<S>>,
     waiting: Vec<Waiting>,
     look_again: bool,
@@ -69,7 +71,7 @@ impl<S: Service<Request> + Clone> Many<S> {
         };
         let mut many = Self {
             shared: shared.clone(),
-            outcomes: vec![None; keys.len()],
+            outcomes: Vec::new(),
             keys,
             deadline,
             attempt_timeout,
@@ -105,10 +107,12 @@ impl<S: Service<Request> + Clone> Many<S> {
     /// those in `tries`, which has to be `paid` for or not.
     fn send(&mut self, indexes: Vec<usize>, tries: Tries, failed: Option<(Error, bool)>) {
         let operation = reads();
+        let topology = self.shared.topology();
         let mut groups: Vec<Group<S>> = Vec::new();
+        let all = indexes.len();
         for index in indexes {
-            let errand = Errand::read(&self.keys[index], &operation);
-            let place = |node: &Node<S>, origin| {
+            let key = &self.keys[index];
+            let mut place = |node: &Node<S>, origin| {
                 let id = node.shared().id();
                 let has_room = |group: &&mut Group<S>| {
                     group.node.shared().id() == id
@@ -117,14 +121,27 @@ impl<S: Service<Request> + Clone> Many<S> {
                 };
                 match groups.iter_mut().find(has_room) {
                     Some(group) => group.indexes.push(index),
-                    None => groups.push(Group {
-                        node: node.clone(),
-                        origin,
-                        indexes: vec![index],
-                    }),
+                    None => {
+                        let mut indexes = Vec::with_capacity(all.min(BATCH));
+                        indexes.push(index);
+                        groups.push(Group {
+                            node: node.clone(),
+                            origin,
+                            indexes,
+                        });
+                    }
                 }
             };
-            let settled = match &failed {
+            // Nearly always: its home, of which there is nothing more to know.
+            if failed.is_none()
+                && let Some(home) = topology.home(key)
+                && home.shared().is_untroubled()
+            {
+                place(home, Origin::Home);
+                continue;
+            }
+            let errand = Errand::read(key, &operation);
+            let outcome = match &failed {
                 None => match self.shared.first(errand, place) {
                     Placed::At(()) => None,
                     Placed::Settled(Ok(_)) => Some(Ok(None)),
@@ -135,8 +152,8 @@ impl<S: Service<Request> + Clone> Many<S> {
                     placed.map_or(Some(Err(error.clone())), |()| None)
                 }
             };
-            if settled.is_some() {
-                self.outcomes[index] = settled;
+            if let Some(outcome) = outcome {
+                self.settle(index, outcome);
             }
         }
         // However many nodes take over from it, a batch is one request to the budget.
@@ -144,8 +161,8 @@ impl<S: Service<Request> + Clone> Many<S> {
             && let Some(group) = groups.first()
             && !self.shared.pay(group.node.shared())
         {
-            for index in groups.drain(..).flat_map(|group| group.indexes) {
-                self.outcomes[index] = Some(Err(error.clone()));
+            for group in groups.drain(..) {
+                self.give_up(group.indexes, error);
             }
         }
         for group in groups {
@@ -158,9 +175,18 @@ impl<S: Service<Request> + Clone> Many<S> {
         }
     }
 
+    fn settle(&mut self, index: usize, outcome: Result<Option<Value>>) {
+        self.outcomes()[index] = outcome;
+    }
+
+    fn outcomes(&mut self) -> &mut Vec<Result<Option<Value>>> {
+        self.outcomes.resize_with(self.keys.len(), || Ok(None));
+        &mut self.outcomes
+    }
+
     fn give_up(&mut self, indexes: Vec<usize>, error: &Error) {
         for index in indexes {
-            self.outcomes[index] = Some(Err(error.clone()));
+            self.settle(index, Err(error.clone()));
         }
     }
 }
@@ -203,12 +229,14 @@ where
                 }
                 return Poll::Pending;
             }
-            self.batches.clear();
-            self.waiting.clear();
+            let batches = std::mem::take(&mut self.batches).into_iter();
+            let waiting = std::mem::take(&mut self.waiting).into_iter();
+            let asked = batches.map(|batch| batch.indexes);
+            for indexes in asked.chain(waiting.map(|waiting| waiting.indexes)) {
+                self.give_up(indexes, &out_of_time());
+            }
         }
-        let outcomes = std::mem::take(&mut self.outcomes).into_iter();
-        let outcomes = outcomes.map(|outcome| outcome.unwrap_or_else(|| Err(out_of_time())));
-        Poll::Ready(Response::Values(outcomes.collect()))
+        Poll::Ready(Response::Values(std::mem::take(self.outcomes())))
     }
 
     fn ended(&mut self, mut batch: Batch<S>, outcome: Result<Response>) {
@@ -216,13 +244,19 @@ where
         let mut failure = None;
         match outcome {
             Ok(Response::Values(outcomes)) if outcomes.len() == batch.indexes.len() => {
+                let is_final = |error: &Error| error.kind() == ErrorKind::ValueTooLarge;
+                let mut errors = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
+                if outcomes.len() == self.keys.len() && errors.all(is_final) {
+                    self.outcomes = outcomes;
+                    return;
+                }
                 for (&index, outcome) in batch.indexes.iter().zip(outcomes) {
                     match outcome {
-                        Err(error) if error.kind() != ErrorKind::ValueTooLarge => {
+                        Err(error) if !is_final(&error) => {
                             failed.push(index);
                             failure = Some(error);
                         }
-                        settled => self.outcomes[index] = Some(settled),
+                        settled => self.settle(index, settled),
                     }
                 }
             }
