@@ -151,6 +151,8 @@ enum State {
     Line,
     Value {
         header: Header,
+        /// The line, with its end: it stays in the buffer until the value is whole.
+        before: usize,
         length: usize,
     },
     Skip {
@@ -175,32 +177,38 @@ impl Parser {
         loop {
             match self.state {
                 State::Line => {
-                    let Some(line) = self.line(buffer)? else {
+                    let Some((line, end)) = self.line(buffer)? else {
                         return Ok(None);
                     };
-                    let parsed = Line::parse(&buffer[..line]);
-                    buffer.advance(line + 2);
-                    match parsed? {
-                        Line::Whole(reply) => return Ok(Some(reply)),
-                        Line::Value { header, length } => {
-                            self.state = self.expect_value(header, length)?;
+                    let (header, length) = match line {
+                        Line::Whole(reply) => {
+                            buffer.advance(end);
+                            return Ok(Some(reply));
+                        }
+                        Line::Value { header, length } => (header, length),
+                    };
+                    if length > ABSURD_LENGTH {
+                        return Err(Violation::AbsurdLength(length));
+                    }
+                    match usize::try_from(length) {
+                        Ok(length) if length <= self.max_value => {
+                            return self.value(buffer, header, end, length);
+                        }
+                        _ => {
+                            buffer.advance(end);
+                            self.state = State::Skip {
+                                header,
+                                length,
+                                left: length + 2,
+                            };
                         }
                     }
                 }
-                State::Value { header, length } => {
-                    let total = length + 2;
-                    if buffer.len() < total {
-                        // Bounded by max_value, checked before we came here.
-                        buffer.reserve(total - buffer.len());
-                        return Ok(None);
-                    }
-                    if buffer[length..total] != *b"\r\n" {
-                        return Err(Violation::UnterminatedValue);
-                    }
-                    let data = take_value(buffer, length);
-                    self.state = State::Line;
-                    return Ok(Some(Reply::Value { header, data }));
-                }
+                State::Value {
+                    header,
+                    before,
+                    length,
+                } => return self.value(buffer, header, before, length),
                 State::Skip {
                     header,
                     length,
@@ -224,23 +232,50 @@ impl Parser {
         }
     }
 
-    fn expect_value(&self, header: Header, length: u64) -> Result<State, Violation> {
-        if length > ABSURD_LENGTH {
-            return Err(Violation::AbsurdLength(length));
-        }
-        Ok(match usize::try_from(length) {
-            Ok(length) if length <= self.max_value => State::Value { header, length },
-            _ => State::Skip {
+    /// Takes a value of so many bytes, with the line before it, once it is there as a whole.
+    #[inline]
+    fn value(
+        &mut self,
+        buffer: &mut BytesMut,
+        header: Header,
+        before: usize,
+        length: usize,
+    ) -> Result<Option<Reply>, Violation> {
+        let total = before + length + 2;
+        if buffer.len() < total {
+            self.state = State::Value {
                 header,
+                before,
                 length,
-                left: length + 2,
-            },
-        })
+            };
+            // Bounded by max_value, checked before we came here.
+            buffer.reserve(total - buffer.len());
+            return Ok(None);
+        }
+        if buffer[before + length..total] != *b"\r\n" {
+            return Err(Violation::UnterminatedValue);
+        }
+        self.state = State::Line;
+        let data = take_value(buffer, before, length);
+        Ok(Some(Reply::Value { header, data }))
     }
 
-    /// The length of the next line, without its end.
-    fn line(&mut self, buffer: &BytesMut) -> Result<Option<usize>, Violation> {
-        find_line(buffer, &mut self.searched)
+    /// The next line, and its length with its end.
+    #[inline]
+    fn line(&mut self, buffer: &[u8]) -> Result<Option<(Line, usize)>, Violation> {
+        if self.searched > 0 && find_line(buffer, &mut self.searched)?.is_none() {
+            return Ok(None);
+        }
+        // A meta reply that is there as a whole is read without a search for its end.
+        if let Some(found) = Line::meta(&buffer[..buffer.len().min(MAX_LINE + 1)]) {
+            return Ok(Some(found));
+        }
+        let Some(length) = find_line(buffer, &mut self.searched)? else {
+            return Ok(None);
+        };
+        let line = &buffer[..length];
+        let reply = Reply::classic(line).ok_or_else(|| unparsable(line))?;
+        Ok(Some((Line::Whole(reply), length + 2)))
     }
 }
 
@@ -270,15 +305,16 @@ pub(crate) fn find_line(buffer: &[u8], searched: &mut usize) -> Result<Option<us
 const CUT_OUT: usize = 32 * 1024;
 
 /// A value that fills much of the buffer is cut out of it without copying; a small one is copied,
-/// because holding on to it must not hold on to the whole buffer.
-fn take_value(buffer: &mut BytesMut, length: usize) -> Bytes {
+/// because holding on to it must not hold on to the whole buffer. What is before it goes.
+fn take_value(buffer: &mut BytesMut, before: usize, length: usize) -> Bytes {
     if length >= CUT_OUT {
+        buffer.advance(before);
         let data = buffer.split_to(length).freeze();
         buffer.advance(2);
         data
     } else {
-        let data = Bytes::copy_from_slice(&buffer[..length]);
-        buffer.advance(length + 2);
+        let data = Bytes::copy_from_slice(&buffer[before..before + length]);
+        buffer.advance(before + length + 2);
         data
     }
 }
@@ -306,68 +342,86 @@ enum Line {
 }
 
 impl Line {
-    fn parse(line: &[u8]) -> Result<Self, Violation> {
-        let (word, rest) = split_word(line);
+    /// Reads a meta reply, and says how long it is with its end. `None` if it is none, or not whole.
+    ///
+    /// Flags we never ask for are refused, a key above all: such a reply is not an answer to us.
+    #[inline]
+    fn meta(bytes: &[u8]) -> Option<(Self, usize)> {
+        let (word, mut rest) = bytes.split_first_chunk()?;
         let code = match word {
-            b"VA" => {
-                let (length, flags) = split_word(rest);
-                return Ok(Self::Value {
-                    length: number(length).ok_or_else(|| unparsable(line))?,
-                    header: header(flags).ok_or_else(|| unparsable(line))?,
-                });
-            }
-            b"HD" => Code::Done,
-            b"EN" => Code::Miss,
-            b"NF" => Code::NotFound,
-            b"NS" => Code::NotStored,
-            b"EX" => Code::Exists,
-            _ => {
-                let reply = Reply::classic(line).ok_or_else(|| unparsable(line))?;
-                return Ok(Self::Whole(reply));
-            }
+            b"VA" => None,
+            b"HD" => Some(Code::Done),
+            b"EN" => Some(Code::Miss),
+            b"NF" => Some(Code::NotFound),
+            b"NS" => Some(Code::NotStored),
+            b"EX" => Some(Code::Exists),
+            _ => return None,
         };
-        let header = header(rest).ok_or_else(|| unparsable(line))?;
-        Ok(Self::Whole(Reply::Code { code, header }))
+        let mut length = 0;
+        if code.is_none() {
+            rest = rest.strip_prefix(b" ")?;
+            length = take_number(&mut rest)?;
+        }
+        let mut header = Header::default();
+        loop {
+            rest = match rest {
+                [b'\r', b'\n', ..] => break,
+                [b' ', flag @ ..] => header.take(flag)?,
+                _ => return None,
+            };
+        }
+        let line = match code {
+            Some(code) => Self::Whole(Reply::Code { code, header }),
+            None => Self::Value { header, length },
+        };
+        Some((line, bytes.len() - rest.len() + 2))
     }
 }
 
-/// The flags behind a meta reply. Flags we never ask for are refused, a key above all: such a
-/// reply is not an answer to us.
-fn header(flags: &[u8]) -> Option<Header> {
-    let mut header = Header::default();
-    for flag in flags.split(|&byte| byte == b' ') {
-        match flag {
+impl Header {
+    /// Takes a flag, and hands out what is behind it.
+    #[inline]
+    fn take<'a>(&mut self, flag: &'a [u8]) -> Option<&'a [u8]> {
+        let (&name, mut rest) = flag.split_first()?;
+        match name {
             // memcached ends some lines with a space.
-            [] => {}
-            [b'O', digits @ ..] if header.opaque.is_none() => {
-                header.opaque = Some(u32::try_from(number(digits)?).ok()?);
-            }
-            [b'f', digits @ ..] => header.client_flags = u32::try_from(number(digits)?).ok()?,
-            [b'c', digits @ ..] => header.cas = Some(number(digits)?),
-            [b't', b'-', b'1'] => header.left = Some(-1),
-            [b't', digits @ ..] => header.left = Some(i64::try_from(number(digits)?).ok()?),
-            b"W" => header.lease = Some(LeaseState::Won),
+            b' ' | b'\r' => return Some(flag),
+            b'O' if self.opaque.is_none() => self.opaque = Some(take_number(&mut rest)?),
+            b'f' => self.client_flags = take_number(&mut rest)?,
+            b'c' => self.cas = Some(take_number(&mut rest)?),
+            b't' => match rest.strip_prefix(b"-1") {
+                Some(behind) => (self.left, rest) = (Some(-1), behind),
+                None => self.left = Some(take_number(&mut rest)?),
+            },
+            b'W' => self.lease = Some(LeaseState::Won),
             // The winner is told of both if it asks again on the same item; that it has won goes first.
-            b"Z" => header.lease = header.lease.or(Some(LeaseState::Taken)),
-            b"X" => header.outdated = true,
+            b'Z' => self.lease = self.lease.or(Some(LeaseState::Taken)),
+            b'X' => self.outdated = true,
             // The echo of a base64 key's flag.
-            b"b" => {}
+            b'b' => {}
             _ => return None,
         }
+        Some(rest)
     }
-    Some(header)
 }
 
 /// A decimal number with nothing around it.
-pub(crate) fn number(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() || digits.len() > 20 {
-        return None;
+pub(crate) fn number(mut digits: &[u8]) -> Option<u64> {
+    let number = take_number(&mut digits)?;
+    digits.is_empty().then_some(number)
+}
+
+/// Takes the decimal number, of at most 20 digits, that these begin with.
+#[inline]
+fn take_number<T: TryFrom<u64>>(bytes: &mut &[u8]) -> Option<T> {
+    let (mut number, mut length) = (0u64, 0);
+    while let Some(digit) = bytes.get(length).map(|byte| byte.wrapping_sub(b'0'))
+        && digit <= 9
+    {
+        number = number.checked_mul(10)?.checked_add(u64::from(digit))?;
+        length += 1;
     }
-    digits.iter().try_fold(0u64, |number, byte| {
-        let digit = byte.wrapping_sub(b'0');
-        if digit > 9 {
-            return None;
-        }
-        number.checked_mul(10)?.checked_add(u64::from(digit))
-    })
+    *bytes = &bytes[length..];
+    let number = number.try_into().ok();
+    number.filter(|_| (1..=20).contains(&length))
 }
