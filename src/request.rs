@@ -254,7 +254,7 @@ impl Operation {
     pub(crate) fn miss(&self) -> Option<Response> {
         match self {
             Self::Get { .. } | Self::GetAndTouch { .. } => Some(Response::Value(None)),
-            Self::Lookup { .. } => Some(Response::Found(Lookup::NOTHING)),
+            Self::Lookup { .. } => Some(Response::Found(Box::new(Lookup::NOTHING))),
             Self::GetMany { keys } => Some(Response::Values(vec![Ok(None); keys.len()])),
             _ => None,
         }

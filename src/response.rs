@@ -13,8 +13,8 @@ use crate::value::{CasToken, Value};
 pub enum Response {
     /// To `Get` and `GetAndTouch`: the value, or `None` for a miss.
     Value(Option<Value>),
-    /// To `Lookup`.
-    Found(Lookup),
+    /// To `Lookup`; boxed, so that every response has not to be as large.
+    Found(Box<Lookup>),
     /// To `GetMany`: one outcome for each key, in the order of the keys.
     Values(Vec<Result<Option<Value>>>),
     /// To `Store`: whether the condition held and the value is stored.

@@ -245,6 +245,7 @@ pub(crate) const ABSENT: &[u8] = b"tower-memcached: absent";
 pub(crate) const ABSENT_FLAGS: u32 = 0x4e4f_4e45;
 
 /// Whether it says that the database has nothing.
+#[inline]
 pub(crate) fn is_absent(flags: u32, data: &[u8]) -> bool {
     // Also if somebody has appended or prepended to it: nobody has written that as a value.
     flags == ABSENT_FLAGS && memmem::find(data, ABSENT).is_some()
@@ -283,6 +284,7 @@ impl Placeholder {
 }
 
 /// Whether it is the placeholder of a lease.
+#[inline]
 pub(crate) fn is_placeholder(flags: u32, data: &[u8]) -> bool {
     // Also if somebody has appended or prepended to it, as above.
     flags == LEASE_FLAGS && memmem::find(data, PLACEHOLDER).is_some()

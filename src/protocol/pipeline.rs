@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::IoSlice;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -45,7 +45,21 @@ const KEPT_REQUESTS: usize = 4096;
 /// A claim on one request's outcome. Not `Clone`: it is used up by taking the outcome, or by
 /// abandoning it.
 #[derive(Debug)]
-pub(crate) struct Ticket(usize);
+pub(crate) struct Ticket(Place);
+
+/// Of a claim, in the table of claims. None takes no more memory than one.
+#[derive(Clone, Copy, Debug)]
+struct Place(NonZeroUsize);
+
+impl Place {
+    fn new(index: usize) -> Self {
+        Self(NonZeroUsize::MIN.saturating_add(index))
+    }
+
+    fn index(self) -> usize {
+        self.0.get() - 1
+    }
+}
 
 /// Requests cut off the queue, to be written in order.
 #[derive(Debug, Default)]
@@ -200,7 +214,7 @@ struct Entry {
     /// Ascending along the queue.
     serial: u64,
     /// `None` once nobody waits for it any more: abandoned, or settled by its time-out.
-    claim: Option<usize>,
+    claim: Option<Place>,
     /// When its caller is released at the latest.
     deadline: Instant,
     /// When the server had the time of an attempt: an answer by then is a timely one, whether or
@@ -210,19 +224,24 @@ struct Entry {
     /// judged; one who left because of its deadline does.
     watched: bool,
     slow: bool,
-    /// The key, if it is a write whose doubt matters to others than its caller.
-    written: Option<Box<Key>>,
+    /// Boxed, as reads have none.
+    write: Option<Box<Write>>,
     opaque: u32,
     expect: Expect,
-    /// Its bytes in `heads` while queued.
-    head: usize,
-    /// Boxed, as only large values are here.
-    body: Option<Box<Bytes>>,
+    /// While queued: how many bytes of `heads` are its. Once taken: where it begins in the stream.
+    extent: u64,
     /// Set when taken:
-    start: u64,
     sent_at: Option<Instant>,
     /// The node's newest connection then.
     newest: u32,
+}
+
+#[derive(Debug)]
+struct Write {
+    /// If its doubt matters to others than its caller.
+    key: Option<Key>,
+    /// A large value, while queued.
+    body: Option<Bytes>,
 }
 
 /// What would answer a request, with what has come of it so far.
@@ -269,7 +288,7 @@ impl Expect {
             Operation::GetMany { keys } => Self::Values(Box::new(Batched {
                 count: keys.len(),
                 settled: 0,
-                outcomes: vec![Ok(None); keys.len()],
+                outcomes: keys.iter().map(|_| Ok(None)).collect(),
             })),
             Operation::Store { .. } => Self::Stored,
             Operation::CompareAndSwap { token, .. } => Self::Swapped {
@@ -307,6 +326,20 @@ impl Entry {
         if let Expect::Values(batched) = &mut self.expect {
             batched.outcomes = Vec::new();
         }
+    }
+
+    fn written(&self) -> Option<&Key> {
+        self.write.as_ref()?.key.as_ref()
+    }
+
+    fn take_body(&mut self) -> Option<Bytes> {
+        self.write.as_mut()?.body.take()
+    }
+
+    /// Of its large value, while queued, in bytes.
+    fn body_len(&self) -> usize {
+        let body = self.write.as_ref().and_then(|write| write.body.as_ref());
+        body.map_or(0, Bytes::len)
     }
 }
 
@@ -412,6 +445,9 @@ impl<W> Pipeline<W> {
         let serial = self.next_serial;
         self.next_serial += 1;
         let claim = self.claims.insert(Claim::Waiting { waiter, serial });
+        let claim = Place::new(claim);
+        let key = operation.written().cloned();
+        let write = (key.is_some() || body.is_some()).then(|| Box::new(Write { key, body }));
         self.requests.push_back(Entry {
             serial,
             claim: Some(claim),
@@ -419,12 +455,10 @@ impl<W> Pipeline<W> {
             judge_at,
             watched: true,
             slow: false,
-            written: operation.written().cloned().map(Box::new),
+            write,
             opaque,
             expect,
-            head: self.heads.len() - before,
-            body: body.map(Box::new),
-            start: 0,
+            extent: (self.heads.len() - before) as u64,
             sent_at: None,
             newest: 0,
         });
@@ -442,7 +476,7 @@ impl<W> Pipeline<W> {
         ticket: &Ticket,
         wait: impl FnOnce(&mut Option<W>),
     ) -> Option<Result<Response>> {
-        if let Claim::Waiting { waiter, .. } = &mut self.claims[ticket.0] {
+        if let Claim::Waiting { waiter, .. } = &mut self.claims[ticket.0.index()] {
             wait(waiter);
             return None;
         }
@@ -462,7 +496,7 @@ impl<W> Pipeline<W> {
     }
 
     fn take_claim(&mut self, ticket: &Ticket) -> Claim<W> {
-        let claim = self.claims.remove(ticket.0);
+        let claim = self.claims.remove(ticket.0.index());
         if self.claims.is_empty() && self.claims.capacity() > KEPT_REQUESTS {
             self.claims = Slab::new();
         }
@@ -479,7 +513,7 @@ impl<W> Pipeline<W> {
         let written = index.and_then(|index| {
             let entry = &mut self.requests[index];
             entry.leave(false);
-            entry.written.as_deref().cloned()
+            entry.written().cloned()
         });
         (waiter, written)
     }
@@ -488,8 +522,7 @@ impl<W> Pipeline<W> {
     pub(crate) fn abandoned(&self) -> Vec<Key> {
         let in_flight = self.requests.iter().take(self.in_flight);
         let left = in_flight.filter(|entry| entry.claim.is_none());
-        left.filter_map(|entry| entry.written.as_deref().cloned())
-            .collect()
+        left.filter_map(|entry| entry.written().cloned()).collect()
     }
 
     /// For a caller that finds its deadline passed before the connection's timer did: the outcome
@@ -554,26 +587,26 @@ impl<W> Pipeline<W> {
         let (mut heads, mut since_body, mut bodies) = (0, 0, 0);
         let mut taken = 0;
         for entry in self.requests.range_mut(self.in_flight..) {
-            let size = entry.head + entry.body.as_ref().map_or(0, |body| body.len());
-            if taken > 0 && heads + bodies + size > BATCH_SIZE {
+            let head = entry.extent as usize;
+            if taken > 0 && heads + bodies + head + entry.body_len() > BATCH_SIZE {
                 break;
             }
             taken += 1;
-            heads += entry.head;
+            heads += head;
             self.swaps -= usize::from(matches!(entry.expect, Expect::Swapped { .. }));
             entry.judge_at = entry.judge_at.max(after(now, attempt));
-            entry.start = self.taken;
+            entry.extent = self.taken;
             entry.sent_at = Some(now);
             entry.newest = newest;
-            self.taken += entry.head as u64;
-            since_body += entry.head;
-            if let Some(body) = entry.body.take() {
+            self.taken += head as u64;
+            since_body += head;
+            if let Some(body) = entry.take_body() {
                 self.taken += body.len() as u64 + 2;
                 self.queued_bodies -= body.len();
                 bodies += body.len();
                 batch.bodies.push_back(Body {
                     after: std::mem::take(&mut since_body),
-                    value: *body,
+                    value: body,
                     end: b"\r\n",
                 });
             }
@@ -624,14 +657,14 @@ impl<W> Pipeline<W> {
         self.dead = 0;
         self.swaps = 0;
         for entry in self.requests.split_off(self.in_flight) {
-            let bytes = &self.heads[at..at + entry.head];
-            at += entry.head;
+            let bytes = &self.heads[at..at + entry.extent as usize];
+            at += bytes.len();
             if entry.claim.is_some() {
                 alive.extend_from_slice(bytes);
                 self.swaps += usize::from(matches!(entry.expect, Expect::Swapped { .. }));
                 self.requests.push_back(entry);
             } else {
-                self.queued_bodies -= entry.body.as_ref().map_or(0, |body| body.len());
+                self.queued_bodies -= entry.body_len();
             }
         }
         self.heads = alive;
@@ -715,7 +748,7 @@ impl<W> Pipeline<W> {
             if entry.watched && entry.judge_at <= now {
                 entry.watched = false;
                 if let Some(sent_at) = entry.sent_at
-                    && entry.start < written
+                    && entry.extent < written
                 {
                     charge_this = charge;
                     if charge == Charge::Node {
@@ -748,13 +781,13 @@ impl<W> Pipeline<W> {
                 break;
             };
             // Of what was taken the kernel may not have had a byte.
-            let sent = if entry.start < self.written {
+            let sent = if entry.extent < self.written {
                 Sent::Maybe
             } else {
                 Sent::No
             };
             if sent == Sent::Maybe {
-                doubtful.extend(entry.written.take().map(|key| *key));
+                doubtful.extend(entry.write.take().and_then(|write| write.key));
             }
             if let Some(claim) = entry.claim {
                 let outcome = interrupted(&mut entry, error.clone().with_sent(sent));
@@ -783,8 +816,8 @@ impl<W> Pipeline<W> {
     }
 }
 
-fn settle<W>(claims: &mut Slab<Claim<W>>, claim: usize, outcome: Result<Response>) -> Option<W> {
-    match std::mem::replace(&mut claims[claim], Claim::Settled(outcome)) {
+fn settle<W>(claims: &mut Slab<Claim<W>>, claim: Place, outcome: Result<Response>) -> Option<W> {
+    match std::mem::replace(&mut claims[claim.index()], Claim::Settled(outcome)) {
         Claim::Waiting { waiter, .. } => waiter,
         Claim::Settled(_) => None,
     }
@@ -855,14 +888,14 @@ fn answer(
         ) => Response::Value(None),
         (Expect::Found, Reply::Value { header, data }) => {
             let token = header.cas.map(|unique| CasToken { unique, ..token });
-            Response::Found(lookup(header, data, token))
+            Response::Found(Box::new(lookup(header, data, token)))
         }
         (
             Expect::Found,
             Reply::Code {
                 code: Code::Miss, ..
             },
-        ) => Response::Found(Lookup::NOTHING),
+        ) => Response::Found(Box::new(Lookup::NOTHING)),
         (_, Reply::TooLarge { length, .. }) => return Ok(Answer::Final(Err(too_large(length)))),
 
         (Expect::Stored, Reply::Code { code, .. }) => match code {
@@ -948,20 +981,19 @@ fn check_opaque(expected: u32, reply: &Reply, opaque_on_miss: bool) -> Result<()
 }
 
 fn value(header: Header, data: Bytes, cas: Option<CasToken>) -> Option<Value> {
-    match lookup(header, data, cas).found {
-        Found::Value { value, .. } => Some(value.with_cas(cas)),
-        Found::Nothing | Found::Absent { .. } | Found::Unreadable => None,
-    }
+    let there = !is_nothing(&header, &data) && !is_absent(header.client_flags, &data);
+    there.then(|| Value::new(data, header.client_flags).with_cas(cas))
 }
 
 fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
     let left = header.left.and_then(|left| u64::try_from(left).ok());
     let left = left.map(Duration::from_secs);
-    // There is no value yet.
-    let placeholder = header.lease.is_some() && data.is_empty();
-    // Of one who asks in the classic protocol: whatever the server says, the lease is not ours.
-    let classic = is_placeholder(header.client_flags, &data);
-    let found = if placeholder || classic || header.outdated {
+    let lease = match is_placeholder(header.client_flags, &data) {
+        // Whatever the server says, the lease is not ours.
+        true => LeaseState::Taken,
+        false => header.lease.unwrap_or(LeaseState::Free),
+    };
+    let found = if is_nothing(&header, &data) {
         Found::Nothing
     } else if is_absent(header.client_flags, &data) {
         Found::Absent { left }
@@ -969,11 +1001,16 @@ fn lookup(header: Header, data: Bytes, token: Option<CasToken>) -> Lookup {
         let value = Value::new(data, header.client_flags);
         Found::Value { value, left }
     };
-    let lease = match classic {
-        true => LeaseState::Taken,
-        false => header.lease.unwrap_or(LeaseState::Free),
-    };
     Lookup::new(found, token, lease)
+}
+
+/// Whether there is no value yet, or none any more: the placeholder of a lease, be it of one who asks
+/// in the classic protocol, or what was marked as outdated.
+#[inline]
+fn is_nothing(header: &Header, data: &[u8]) -> bool {
+    header.outdated
+        || (header.lease.is_some() && data.is_empty())
+        || is_placeholder(header.client_flags, data)
 }
 
 /// A value that was skipped.

@@ -9,7 +9,7 @@ use super::support::{Count, PATIENCE, eventually, executors, memcached, patient,
 const WAITING: usize = 100_000;
 
 /// Bytes for each.
-const MOST: isize = 1_100;
+const MOST: isize = 1_024;
 
 /// Lets so many wait at one node, which is stopped meanwhile: no probe is to find that out.
 fn roomy(servers: &[Memcached], executor: &Executor) -> Client {

@@ -486,7 +486,7 @@ impl Engine {
         let key = key.clone();
         let request = Request::new(Operation::Lookup { key, lease });
         match self.ask(query, request, by).await? {
-            Response::Found(lookup) => Ok(self.made_out(query, lookup)),
+            Response::Found(lookup) => Ok(self.made_out(query, *lookup)),
             // From a service built by hand, to which every read is a get.
             Response::Value(value) => Ok(self.made_out(query, plain(value))),
             other => Err(misfit(&other)),

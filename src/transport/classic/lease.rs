@@ -87,7 +87,7 @@ impl Looking {
     /// What follows from the answer to that.
     pub(super) fn answered(&mut self, answer: &Response) -> Next {
         let lookup = match answer {
-            Response::Found(lookup) => self.judge(lookup.clone()),
+            Response::Found(lookup) => self.judge((**lookup).clone()),
             // It is there now, be it ours or somebody else's, who was faster.
             _ => {
                 self.step = Step::LookAgain;
@@ -105,7 +105,7 @@ impl Looking {
                 self.question = take(&self.key, *terms, placeholder);
                 Next::Question
             }
-            _ => Next::Answer(Response::Found(lookup)),
+            _ => Next::Answer(Response::Found(Box::new(lookup))),
         }
     }
 

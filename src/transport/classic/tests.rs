@@ -778,7 +778,7 @@ fn look_up(company: Company, replies: &[&str]) -> (Vec<String>, Lookup) {
                 panic!("{answer:?}");
             };
             assert!(lookup.untimed);
-            return (said, lookup);
+            return (said, *lookup);
         }
     }
     panic!("it asks for more than {replies:?}");
@@ -901,7 +901,7 @@ fn what_may_be_a_lease_of_the_meta_protocol_is_not_relied_on() {
 fn a_lease_lasts_a_second_at_least_and_is_not_taken_where_it_has_no_room() {
     let mut operation = leased();
     operation.cap_ttl(Duration::ZERO);
-    let nothing = Response::Found(Lookup::NOTHING);
+    let nothing = Response::Found(Box::new(Lookup::NOTHING));
     let mut looking = Looking::new(&operation, Company::Classic, MAX_VALUE).unwrap();
     assert!(matches!(looking.answered(&nothing), Next::Question));
     let Operation::Store { ttl, .. } = looking.question() else {

@@ -212,7 +212,9 @@ impl Answer {
                 let values = check.values()?;
                 let outcome = found_value(*values.arrived.first()?, data, base)?;
                 if let Operation::Lookup { .. } = operation {
-                    return Some(outcome.map(|found| Response::Found(found.into_lookup())));
+                    return Some(
+                        outcome.map(|found| Response::Found(Box::new(found.into_lookup()))),
+                    );
                 }
                 let outcome = outcome.map(FoundValue::into_value);
                 // What came after a touch that found nothing was not there to be touched.
