@@ -168,7 +168,7 @@ impl Transport {
     #[cfg(feature = "classic")]
     fn send(&self, request: Request) -> Asking {
         match self.is_classic() {
-            true => Asking::Classic(self.0.classic.request(request)),
+            true => Asking::Classic(Box::new(self.0.classic.request(request))),
             false => Asking::Pipelined(self.0.pipelined.request(request)),
         }
     }
@@ -220,8 +220,9 @@ pub struct TransportFuture {
 #[derive(Debug)]
 enum Asking {
     Pipelined(PipelinedFuture),
+    // A task and a channel are made for it anyway, and most requests are none.
     #[cfg(feature = "classic")]
-    Classic(ClassicFuture),
+    Classic(Box<ClassicFuture>),
 }
 
 impl Asking {
@@ -229,7 +230,7 @@ impl Asking {
         match self {
             Self::Pipelined(future) => Pin::new(future).poll(cx),
             #[cfg(feature = "classic")]
-            Self::Classic(future) => Pin::new(future).poll(cx),
+            Self::Classic(future) => Pin::new(&mut **future).poll(cx),
         }
     }
 
@@ -242,41 +243,47 @@ impl Asking {
     }
 }
 
-impl Future for TransportFuture {
-    type Output = Result<Response>;
-
-    #[cfg(feature = "classic")]
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let this = &mut *self;
-        let outcome = ready!(
-            this.asking
-                .as_mut()
-                .map_or_else(ended, |asking| asking.poll(cx))
-        );
-        let unsent = matches!(&outcome, Err(error)
-            if error.kind() == ErrorKind::ConnectionFailed && error.sent() == Sent::No);
-        let (again, asked) = (this.again.take(), this.asking.take());
-        if unsent
-            && let (Some(transport), Some(asked)) = (again, asked)
-            && transport.is_classic() != matches!(asked, Asking::Classic(_))
-        {
-            let mut request = asked.into_request();
-            request.forget_time();
-            let asking = this.asking.insert(transport.send(request));
-            return asking.poll(cx);
+impl TransportFuture {
+    fn poll_asking(&mut self, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        match &mut self.asking {
+            Some(asking) => asking.poll(cx),
+            None => panic!("polled after completion"),
         }
-        Poll::Ready(outcome)
     }
 
-    #[cfg(not(feature = "classic"))]
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
-        let asking = self.asking.as_mut();
-        let outcome = ready!(asking.map_or_else(ended, |asking| asking.poll(cx)));
-        self.asking = None;
-        Poll::Ready(outcome)
+    /// Once more, if another protocol is spoken there than it was asked in. Says whether it is.
+    #[cfg(feature = "classic")]
+    #[cold]
+    fn ask_again(&mut self) -> bool {
+        let (Some(transport), Some(asked)) = (self.again.take(), self.asking.take()) else {
+            return false;
+        };
+        let again = transport.is_classic() != matches!(asked, Asking::Classic(_));
+        if again {
+            let mut request = asked.into_request();
+            request.forget_time();
+            self.asking = Some(transport.send(request));
+        }
+        again
     }
 }
 
-fn ended() -> Poll<Result<Response>> {
-    panic!("polled after completion")
+impl Future for TransportFuture {
+    type Output = Result<Response>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
+        let this = &mut *self;
+        #[cfg_attr(not(feature = "classic"), expect(unused_mut))]
+        let mut outcome = ready!(this.poll_asking(cx));
+        #[cfg(feature = "classic")]
+        if let Err(error) = &outcome
+            && error.kind() == ErrorKind::ConnectionFailed
+            && error.sent() == Sent::No
+            && this.ask_again()
+        {
+            outcome = ready!(this.poll_asking(cx));
+        }
+        this.asking = None;
+        Poll::Ready(outcome)
+    }
 }
