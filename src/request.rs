@@ -180,38 +180,7 @@ impl Operation {
     /// A short lower-case name, for metrics and logs.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        match self {
-            Self::Get {
-                with_cas: false, ..
-            } => "get",
-            Self::Get { with_cas: true, .. } => "gets",
-            Self::Lookup { lease: None, .. } => "lookup",
-            Self::Lookup { lease: Some(_), .. } => "lease",
-            Self::GetMany { .. } => "get_many",
-            Self::GetAndTouch { .. } => "get_and_touch",
-            Self::Store { mode, .. } => match mode {
-                StoreMode::Set => "set",
-                StoreMode::Add => "add",
-                StoreMode::Claim => "claim",
-                StoreMode::Replace => "replace",
-                StoreMode::Append => "append",
-                StoreMode::Prepend => "prepend",
-            },
-            Self::CompareAndSwap { .. } => "cas",
-            Self::Delete { .. } => "delete",
-            Self::Touch { .. } => "touch",
-            Self::Arithmetic {
-                direction: Direction::Up,
-                ..
-            } => "increment",
-            Self::Arithmetic {
-                direction: Direction::Down,
-                ..
-            } => "decrement",
-            Self::Version => "version",
-            Self::FlushAll => "flush_all",
-            Self::Stats => "stats",
-        }
+        Self::NAMES[self.ordinal()]
     }
 
     /// Whether it may be sent to another node, or again, after an attempt whose outcome is
@@ -303,9 +272,38 @@ impl Operation {
 
     /// Its name's place in [`NAMES`](Self::NAMES).
     pub(crate) fn ordinal(&self) -> usize {
-        let name = self.name();
-        let place = Self::NAMES.iter().position(|&known| known == name);
-        place.unwrap_or_default()
+        match self {
+            Self::Get {
+                with_cas: false, ..
+            } => 0,
+            Self::Get { with_cas: true, .. } => 1,
+            Self::Lookup { lease: None, .. } => 2,
+            Self::Lookup { lease: Some(_), .. } => 3,
+            Self::GetMany { .. } => 4,
+            Self::GetAndTouch { .. } => 5,
+            Self::Store { mode, .. } => match mode {
+                StoreMode::Set => 6,
+                StoreMode::Add => 7,
+                StoreMode::Claim => 8,
+                StoreMode::Replace => 9,
+                StoreMode::Append => 10,
+                StoreMode::Prepend => 11,
+            },
+            Self::CompareAndSwap { .. } => 12,
+            Self::Delete { .. } => 13,
+            Self::Touch { .. } => 14,
+            Self::Arithmetic {
+                direction: Direction::Up,
+                ..
+            } => 15,
+            Self::Arithmetic {
+                direction: Direction::Down,
+                ..
+            } => 16,
+            Self::Version => 17,
+            Self::FlushAll => 18,
+            Self::Stats => 19,
+        }
     }
 
     /// What [`name`](Self::name) may say.
@@ -519,11 +517,6 @@ impl Request {
     #[must_use]
     pub fn into_operation(self) -> Operation {
         Arc::unwrap_or_clone(self.operation)
-    }
-
-    /// What is asked, to be kept beside the request.
-    pub(crate) fn share_operation(&self) -> Arc<Operation> {
-        self.operation.clone()
     }
 
     /// When it must have ended.

@@ -40,7 +40,7 @@ pin_project! {
 }
 
 impl<S: Service<Request> + Clone> Hedge<S> {
-    /// `None` if there is nothing to be gained.
+    /// `None` if there is nothing to be gained. Only where gets are hedged.
     pub(super) fn new(
         shared: &Arc<Shared<S>>,
         node: &Node<S>,
@@ -50,15 +50,18 @@ impl<S: Service<Request> + Clone> Hedge<S> {
             request.operation(),
             Operation::Get { .. } | Operation::Lookup { lease: None, .. }
         );
-        if !reads || node.shared().connections() < 2 || !shared.settings.load().hedged_gets {
+        if !reads || node.shared().connections() < 2 {
             return None;
         }
         let wait = node.shared().p95()?.max(LEAST_WAIT);
         let wait = shared.spawner.sleep_until(after(Instant::now(), wait));
+        let mut request = request.clone().with_purpose(Purpose::Hedge);
+        // It will be later then.
+        request.forget_time();
         Some(Box::pin(Self {
             shared: shared.clone(),
             node: node.clone(),
-            request: request.clone().with_purpose(Purpose::Hedge),
+            request,
             wait: wait.ok()?,
             attempt: None,
         }))

@@ -191,6 +191,8 @@ struct Pool<S> {
 struct Shared<S> {
     pool: Arc<Pool<S>>,
     settings: ArcSwap<ClusterSettings>,
+    /// Of these what every request looks at.
+    hedges: AtomicBool,
     budget: Budget,
     spawner: Spawner,
     phase: Arc<Phase>,
@@ -373,6 +375,7 @@ impl Unstarted {
 impl<S> Shared<S> {
     fn apply(&self, settings: ClusterSettings) {
         self.budget.apply(settings.retry_budget);
+        self.hedges.store(settings.hedged_gets, Ordering::Relaxed);
         self.settings.store(Arc::new(settings));
     }
 
@@ -451,6 +454,7 @@ impl<S> Cluster<S> {
             Ok::<_, Error>(Arc::new(Shared {
                 pool,
                 budget: Budget::new(settings.retry_budget),
+                hedges: AtomicBool::new(settings.hedged_gets),
                 settings: ArcSwap::from_pointee(settings),
                 spawner: spawner.clone(),
                 phase: phase.clone(),

@@ -4,6 +4,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -58,32 +59,35 @@ where
         Self { path }
     }
 
-    pub(super) fn single(shared: &Arc<Shared<S>>, mut request: Request) -> Self {
+    pub(super) fn single(shared: &Arc<Shared<S>>, request: Request) -> Self {
         let Some(errand) = Errand::of(&request) else {
-            let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
-            return Self::settled(Err(error));
+            return Self::settled(Err(unroutable()));
         };
         let (node, origin) = match shared.first(errand, at) {
             Placed::At(place) => place,
             Placed::Settled(outcome) => return Self::settled(outcome),
         };
-        let addressed = shared.addressed(&request, origin);
-        // For any other attempt it will be later.
-        request.forget_time();
-        let hedge = match origin {
-            Origin::Home => Hedge::new(shared, &node, &request),
-            Origin::Moved => None,
+        let (mut hedge, mut trouble) = (None, None);
+        let request = match origin {
+            Origin::Home => {
+                if shared.hedges.load(Ordering::Relaxed) {
+                    hedge = Hedge::new(shared, &node, &request);
+                }
+                request.with_origin(origin)
+            }
+            Origin::Moved => {
+                let moved = shared.moved_away(&request);
+                trouble = Some(Box::new(Trouble::of_moved(request)));
+                moved
+            }
         };
         Self {
             path: Path::Single {
                 single: Single {
                     shared: shared.clone(),
-                    tries: None,
-                    wait: None,
-                    moved: origin == Origin::Moved,
-                    attempt: NodeFuture::new(node, addressed),
+                    attempt: NodeFuture::new(node, request),
+                    trouble,
                     hedge,
-                    request,
                 },
             },
         }
@@ -142,14 +146,11 @@ fn at<S: Clone>(node: &Node<S>, origin: Origin) -> (Node<S>, Origin) {
 }
 
 impl<S> Shared<S> {
-    /// The request as a node gets it: away from home, what it writes lives only so long.
-    pub(super) fn addressed(&self, request: &Request, origin: Origin) -> Request {
-        let mut request = request.clone().with_origin(origin);
-        if origin == Origin::Moved {
-            request
-                .operation_mut()
-                .cap_ttl(self.settings.load().failover_ttl);
-        }
+    /// The request as a node gets it that is not its key's home: what it writes lives only so long there.
+    fn moved_away(&self, request: &Request) -> Request {
+        let mut request = request.clone().with_origin(Origin::Moved);
+        let lifetime = self.settings.load().failover_ttl;
+        request.operation_mut().cap_ttl(lifetime);
         request
     }
 
@@ -239,22 +240,38 @@ impl Future for Wait {
 
 pin_project! {
     /// A request with one key.
+    #[project = SingleParts]
     struct Single<S>
     where
         S: Service<Request>,
     {
         shared: Arc<Shared<S>>,
-        request: Request,
-        // Once one has failed.
-        tries: Option<Box<Tries>>,
-        // Before the next attempt, which goes where the key belongs then.
-        wait: Option<Pin<Box<Wait>>>,
-        // Whether that attempt is away from home.
-        moved: bool,
         #[pin]
         attempt: NodeFuture<S>,
+        // What few requests have, so that all others are small.
+        trouble: Option<Box<Trouble>>,
         // A second attempt beside the first.
         hedge: Option<Pin<Box<Hedge<S>>>>,
+    }
+}
+
+/// Of a request that has been moved, or has failed somewhere.
+#[derive(Default)]
+struct Trouble {
+    tries: Tries,
+    /// What was asked, while there is no attempt that asks just that: it is away from home, or has yet
+    /// to be made again.
+    asked: Option<Request>,
+    /// Before the next attempt, which goes where the key belongs then.
+    wait: Option<Pin<Box<Wait>>>,
+}
+
+impl Trouble {
+    fn of_moved(asked: Request) -> Self {
+        Self {
+            asked: Some(asked),
+            ..Self::default()
+        }
     }
 }
 
@@ -267,39 +284,27 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let mut this = self.project();
-        let (shared, request) = (&*this.shared, &*this.request);
-        let Some(errand) = Errand::of(request) else {
-            let error = Error::new(ErrorKind::Layer, "an operation without a key to route by");
-            return Poll::Ready(Err(error));
-        };
         loop {
-            if let Some(wait) = this.wait {
+            if let Some(trouble) = this.trouble
+                && let Some(wait) = &mut trouble.wait
+            {
                 let closed = ready!(wait.as_mut().poll(cx));
-                *this.wait = None;
-                let sent = this.tries.get_or_insert_default().sent;
-                if closed {
-                    return Poll::Ready(Err(shut_down().after_attempts(sent)));
-                }
-                match shared.first(errand, at) {
-                    Placed::At((node, origin)) => {
-                        *this.moved = origin == Origin::Moved;
-                        let request = shared.addressed(request, origin);
-                        this.attempt.set(NodeFuture::new(node, request));
-                    }
-                    Placed::Settled(outcome) => {
-                        return Poll::Ready(outcome.map_err(|error| error.after_attempts(sent)));
-                    }
+                if let Some(outcome) = this.wait_ends(closed) {
+                    return Poll::Ready(outcome);
                 }
             }
-            let error = match this.attempt.as_mut().poll(cx) {
+            match this.attempt.as_mut().poll(cx) {
                 Poll::Ready(Ok(response)) => {
-                    if *this.moved {
-                        shared.moved(errand, this.attempt.node());
-                        return Poll::Ready(Ok(response.answered_away()));
-                    }
-                    return Poll::Ready(Ok(response));
+                    return Poll::Ready(Ok(match this.trouble {
+                        None => response,
+                        Some(_) => this.answered(response),
+                    }));
                 }
-                Poll::Ready(Err(error)) => error,
+                Poll::Ready(Err(error)) => {
+                    if let Some(error) = this.failed(error) {
+                        return Poll::Ready(Err(error));
+                    }
+                }
                 Poll::Pending => {
                     let hedge = this.hedge.as_mut();
                     let ahead = hedge.map(|hedge| hedge.as_mut().poll(cx));
@@ -312,35 +317,117 @@ where
                         Some(Poll::Pending) | None => Poll::Pending,
                     };
                 }
-            };
-            *this.hedge = None;
-            let tries = this.tries.get_or_insert_default();
-            let failed_at = this.attempt.node().clone();
-            let deadline = request.deadline();
-            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return Poll::Ready(Err(error.after_attempts(tries.sent)));
-            }
-            let next = match shared.after(errand.operation, &failed_at, &error, tries) {
-                After::GiveUp => None,
-                After::Move { paid } => shared.next(errand, tries, paid, at),
-                After::Wait(delay) => match shared.wait(delay, &failed_at, deadline) {
-                    Ok(wait) => {
-                        *this.wait = Some(Box::pin(wait));
-                        continue;
-                    }
-                    Err(error) => {
-                        return Poll::Ready(Err(error.after_attempts(tries.sent)));
-                    }
-                },
-            };
-            match next {
-                Some((node, origin)) => {
-                    *this.moved = origin == Origin::Moved;
-                    let request = shared.addressed(request, origin);
-                    this.attempt.set(NodeFuture::new(node, request));
-                }
-                None => return Poll::Ready(Err(error.after_attempts(tries.sent))),
             }
         }
     }
+}
+
+impl<S> SingleParts<'_, S>
+where
+    S: Service<Request> + Clone,
+{
+    /// Sends it where its key belongs now, unless that settles it.
+    #[cold]
+    fn wait_ends(&mut self, closed: bool) -> Option<Result<Response>> {
+        let trouble = self.trouble.get_or_insert_default();
+        trouble.wait = None;
+        let sent = trouble.tries.sent;
+        if closed {
+            return Some(Err(shut_down().after_attempts(sent)));
+        }
+        let asked = self.take_asked();
+        let Some(errand) = Errand::of(&asked) else {
+            return Some(Err(unroutable()));
+        };
+        match self.shared.first(errand, at) {
+            Placed::At((node, origin)) => {
+                self.send(asked, node, origin);
+                None
+            }
+            Placed::Settled(outcome) => Some(outcome.map_err(|error| error.after_attempts(sent))),
+        }
+    }
+
+    /// Decides what becomes of it now; its error, if it ends with that.
+    #[cold]
+    fn failed(&mut self, error: Error) -> Option<Error> {
+        *self.hedge = None;
+        let failed_at = self.attempt.node().clone();
+        let asked = self.take_asked();
+        let tries = &mut self.trouble.get_or_insert_default().tries;
+        let deadline = asked.deadline();
+        if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Some(error.after_attempts(tries.sent));
+        }
+        let Some(errand) = Errand::of(&asked) else {
+            return Some(unroutable());
+        };
+        let next = match self
+            .shared
+            .after(errand.operation, &failed_at, &error, tries)
+        {
+            After::GiveUp => None,
+            After::Move { paid } => self.shared.next(errand, tries, paid, at),
+            After::Wait(delay) => match self.shared.wait(delay, &failed_at, deadline) {
+                Ok(wait) => {
+                    let trouble = self.trouble.get_or_insert_default();
+                    trouble.wait = Some(Box::pin(wait));
+                    trouble.asked = Some(asked);
+                    return None;
+                }
+                Err(error) => return Some(error.after_attempts(tries.sent)),
+            },
+        };
+        match next {
+            Some((node, origin)) => {
+                self.send(asked, node, origin);
+                None
+            }
+            None => Some(error.after_attempts(tries.sent)),
+        }
+    }
+
+    fn send(&mut self, asked: Request, node: Node<S>, origin: Origin) {
+        let trouble = self.trouble.get_or_insert_default();
+        let request = match origin {
+            Origin::Home => asked.with_origin(origin),
+            Origin::Moved => {
+                let moved = self.shared.moved_away(&asked);
+                trouble.asked = Some(asked);
+                moved
+            }
+        };
+        self.attempt.set(NodeFuture::new(node, request));
+    }
+
+    /// What it was asked first, for another attempt.
+    fn take_asked(&mut self) -> Request {
+        let asked = self
+            .trouble
+            .as_mut()
+            .and_then(|trouble| trouble.asked.take());
+        let mut asked = asked.unwrap_or_else(|| self.attempt.request().clone());
+        // It is later now.
+        asked.forget_time();
+        asked
+    }
+
+    #[cold]
+    fn answered(&self, response: Response) -> Response {
+        let asked = self
+            .trouble
+            .as_ref()
+            .and_then(|trouble| trouble.asked.as_ref());
+        let Some(asked) = asked else {
+            return response;
+        };
+        if let Some(errand) = Errand::of(asked) {
+            self.shared.moved(errand, self.attempt.node());
+        }
+        response.answered_away()
+    }
+}
+
+fn unroutable() -> Error {
+    Error::new(ErrorKind::Layer, "an operation without a key to route by")
 }

@@ -148,37 +148,22 @@ impl EjectionCause {
     }
 }
 
-/// What is remembered of a request while it is under way.
+/// A request while it is under way.
 #[derive(Debug)]
 struct Asked {
-    /// [`Operation::ordinal`].
-    operation: usize,
-    /// What it asks, if an older value of its key must not be read after this.
-    writes: Option<Arc<Operation>>,
-    /// Whether it does the same whatever is there.
-    blind: bool,
-    flush: bool,
-    /// Whether it puts back what was loaded, and changes nothing.
-    refills: bool,
+    /// Kept to the end, for what it leaves to be made up for, and should it have to be made again.
+    request: Request,
     hold: Option<Hold>,
 }
 
 impl Asked {
-    fn new(request: &Request) -> Self {
-        let operation = request.operation();
-        Self {
-            operation: operation.ordinal(),
-            writes: operation.written().map(|_| request.share_operation()),
-            blind: operation.is_blind(),
-            flush: matches!(operation, Operation::FlushAll),
-            refills: request.purpose() == Purpose::Refill,
-            hold: None,
-        }
+    fn operation(&self) -> &Operation {
+        self.request.operation()
     }
 
     /// The key, if an older value of it must not be read after this.
     fn written(&self) -> Option<&Key> {
-        self.writes.as_deref()?.written()
+        self.operation().written()
     }
 }
 
@@ -395,12 +380,11 @@ pin_project! {
 
 pin_project! {
     #[project = StepProjection]
-    #[project_replace = StepReplacement]
     enum Step<S>
     where
         S: Service<Request>,
     {
-        Waiting { service: S, request: Request },
+        Waiting { service: S },
         Called { #[pin] future: S::Future },
         Done,
     }
@@ -448,10 +432,12 @@ impl<S: Service<Request>> NodeFuture<S> {
     pub(crate) fn new(node: Node<S>, request: Request) -> Self {
         Self {
             shared: node.shared,
-            asked: Asked::new(&request),
+            asked: Asked {
+                request,
+                hold: None,
+            },
             step: Step::Waiting {
                 service: node.service,
-                request,
             },
             entered: None,
             timer: None,
@@ -462,6 +448,11 @@ impl<S: Service<Request>> NodeFuture<S> {
 impl<S: Service<Request>> NodeFuture<S> {
     pub(crate) fn node(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// What it asks.
+    pub(crate) fn request(&self) -> &Request {
+        &self.asked.request
     }
 }
 
@@ -479,32 +470,21 @@ where
         let mut waited = false;
         let polled = loop {
             match this.step.as_mut().project() {
-                StepProjection::Waiting { service, request } => {
-                    if this.entered.is_none() {
-                        if request.purpose() == Purpose::Note {
-                            if let Some(key) = this.asked.written() {
-                                shared.outdate(key, Reason::Outdated);
-                                shared.ensure_kept();
+                StepProjection::Waiting { service } => {
+                    let now = match *this.entered {
+                        Some(entered) => entered,
+                        None => {
+                            enter(shared, this.asked)?;
+                            let now = this.asked.request.take_time();
+                            *this.entered = Some(now);
+                            if shared.times_attempts {
+                                let timeout = shared.settings.load().attempt_timeout;
+                                let timer = Timer::new(&this.asked.request, now, timeout);
+                                *this.timer = Some(timer);
                             }
-                            return Poll::Ready(Err(noted()));
+                            now
                         }
-                        let entered = shared
-                            .still_there()
-                            .and_then(|()| shared.enter(request.origin(), this.asked));
-                        if let Err(error) = entered {
-                            shared.refused(this.asked, &error);
-                            return Poll::Ready(Err(error));
-                        }
-                        let now = request.take_time();
-                        *this.entered = Some(now);
-                        if shared.times_attempts {
-                            let timeout = shared.settings.load().attempt_timeout;
-                            *this.timer = Some(Timer::new(request, now, timeout));
-                        } else {
-                            // Right below is our own transport.
-                            request.tell_time(now);
-                        }
-                    }
+                    };
                     match service.poll_ready(cx) {
                         Poll::Ready(Ok(())) => {}
                         Poll::Ready(Err(error)) => break Poll::Ready(Err(foreign(error))),
@@ -520,13 +500,11 @@ where
                     if shared.is_open() {
                         break Poll::Ready(Err(shared.unavailable()));
                     }
-                    let StepReplacement::Waiting {
-                        mut service,
-                        request,
-                    } = this.step.as_mut().project_replace(Step::Done)
-                    else {
-                        unreachable!("matched above");
-                    };
+                    let mut request = this.asked.request.clone();
+                    if !shared.times_attempts {
+                        // Right below is our own transport.
+                        request.tell_time(now);
+                    }
                     let future = service.call(request);
                     this.step.set(Step::Called { future });
                 }
@@ -559,6 +537,22 @@ where
         this.step.set(Step::Done);
         Poll::Ready(outcome)
     }
+}
+
+/// Takes a place at the node, if the request may be made there.
+fn enter(shared: &Arc<Shared>, asked: &mut Asked) -> Result<()> {
+    if asked.request.purpose() == Purpose::Note {
+        if let Some(key) = asked.written() {
+            shared.outdate(key, Reason::Outdated);
+            shared.ensure_kept();
+        }
+        return Err(noted());
+    }
+    let entered = shared.still_there().and_then(|()| shared.enter(asked));
+    if let Err(error) = &entered {
+        shared.refused(asked, error);
+    }
+    entered
 }
 
 /// An attempt ended by our own timer. Found late, or before it had its `full` time, it is nobody's

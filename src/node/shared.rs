@@ -23,7 +23,7 @@ use super::{Asked, EjectionCause, JournalOverflow, NodeSettings, NodeStatus, kee
 use crate::error::{Error, ErrorKind, Result, Sent};
 use crate::executor::{LATE, Spawner, after};
 use crate::key::Key;
-use crate::request::{Origin, Request};
+use crate::request::{Operation, Origin, Purpose, Request};
 use crate::response::Response;
 use crate::telemetry::{Event as Counted, Level, NodeMeters, RingMark};
 use crate::transport::{ConnectFailure, Event, Observer, PipelinedSettings, Transport};
@@ -582,20 +582,20 @@ impl Shared {
     }
 
     /// Takes a place among the requests in flight, to be given back with [`Self::leave`].
-    pub(super) fn enter(self: &Arc<Self>, origin: Origin, asked: &mut Asked) -> Result<()> {
+    pub(super) fn enter(self: &Arc<Self>, asked: &mut Asked) -> Result<()> {
         self.ensure_kept();
         if self.gate.is_shut() {
             return Err(self.unavailable());
         }
         let places = self.throttle.places();
-        let entered = match origin {
+        let entered = match asked.request.origin() {
             Origin::Home => places.try_enter(),
             Origin::Moved => places.try_enter_half(),
         };
         if !entered {
             return Err(self.full());
         }
-        if asked.blind
+        if asked.operation().is_blind()
             && let Some(key) = asked.written()
         {
             asked.hold = self.journal.hold(key);
@@ -635,7 +635,8 @@ impl Shared {
             }
             _ => verdict.outcome(),
         };
-        self.meters.request(asked.operation, label, answered);
+        let operation = asked.operation().ordinal();
+        self.meters.request(operation, label, answered);
         self.remember(asked, outcome);
         match verdict {
             Verdict::Answered => {
@@ -654,8 +655,8 @@ impl Shared {
     pub(super) fn refused(self: &Arc<Self>, asked: &mut Asked, error: &Error) {
         let outcome = Err(error.clone());
         let verdict = Verdict::of(Some(&outcome));
-        self.meters
-            .request(asked.operation, verdict.outcome(), None);
+        let operation = asked.operation().ordinal();
+        self.meters.request(operation, verdict.outcome(), None);
         self.remember(asked, Some(&outcome));
     }
 
@@ -682,13 +683,13 @@ impl Shared {
             }
         };
         let out = error.kind() == ErrorKind::NodeUnavailable;
-        if asked.flush && out {
+        if out && matches!(asked.operation(), Operation::FlushAll) {
             self.book.want_flush();
         }
         let Some(key) = asked.written() else { return };
         if error.sent() == Sent::Maybe {
             self.outdate(key, Reason::InDoubt);
-        } else if out && !asked.refills {
+        } else if out && asked.request.purpose() != Purpose::Refill {
             self.outdate(key, Reason::Outdated);
         }
     }
