@@ -59,12 +59,12 @@ pin_project! {
 
 pin_project! {
     #[project = StepProjection]
-    #[project_replace = StepReplacement]
     enum Step<S>
     where
         S: Service<Request>,
     {
-        Waiting { service: S, request: Request, timeout: Duration },
+        // The request is gone once it has been asked.
+        Waiting { service: S, request: Option<Request>, timeout: Duration },
         Called { #[pin] future: S::Future },
         Done,
     }
@@ -82,7 +82,7 @@ impl<'a, S: Service<Request>> Call<'a, S> {
             alarmed: request.is_alarmed(),
             step: Step::Waiting {
                 service,
-                request,
+                request: Some(request),
                 timeout,
             },
             spawner,
@@ -96,8 +96,11 @@ impl<'a, S: Service<Request>> Call<'a, S> {
     /// Once it has been asked.
     pub(crate) fn request_mut(self: Pin<&mut Self>) -> &mut Request {
         match self.project().step.project() {
-            StepProjection::Waiting { request, .. } => request,
-            StepProjection::Called { .. } | StepProjection::Done => panic!("asked already"),
+            StepProjection::Waiting {
+                request: Some(request),
+                ..
+            } => request,
+            _ => panic!("asked already"),
         }
     }
 }
@@ -118,7 +121,9 @@ where
             (
                 None,
                 StepProjection::Waiting {
-                    request, timeout, ..
+                    request: Some(request),
+                    timeout,
+                    ..
                 },
             ) => {
                 let now = Instant::now();
@@ -138,7 +143,9 @@ where
         forget_wake();
         let polled = loop {
             match this.step.as_mut().project() {
-                StepProjection::Waiting { service, .. } => {
+                StepProjection::Waiting {
+                    service, request, ..
+                } => {
                     match service.poll_ready(cx) {
                         Poll::Ready(Ok(())) => {}
                         Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
@@ -147,13 +154,8 @@ where
                             break Poll::Pending;
                         }
                     }
-                    let StepReplacement::Waiting {
-                        mut service,
-                        request,
-                        ..
-                    } = this.step.as_mut().project_replace(Step::Done)
-                    else {
-                        unreachable!("matched above");
+                    let Some(request) = request.take() else {
+                        panic!("polled after a panic");
                     };
                     let future = service.call(request);
                     this.step.set(Step::Called { future });

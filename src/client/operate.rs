@@ -26,10 +26,11 @@ pin_project! {
         S: Service<Request>,
     {
         shared: &'a Shared,
-        // Before the step, for they are dropped in this order: an operation is under way until all that
-        // is below it is gone, and has noted what it leaves in doubt.
         #[pin]
         call: Call<'a, S>,
+        // Behind the call, for they are dropped in this order: an operation is under way until all that
+        // is below it is gone, and has noted what it leaves in doubt.
+        operating: Option<Operating<'a>>,
         step: Step<'a>,
     }
 }
@@ -40,14 +41,8 @@ enum Step<'a> {
         counts: bool,
     },
     /// What is being loaded for the key is old now. That, too, has to be done by the deadline.
-    Outdating {
-        operating: Option<Operating<'a>>,
-        outdating: BoxFuture<'a, ()>,
-    },
-    Ready(Option<Operating<'a>>),
-    Called {
-        _operating: Option<Operating<'a>>,
-    },
+    Outdating(BoxFuture<'a, ()>),
+    Called,
     Done,
 }
 
@@ -55,6 +50,7 @@ impl<'a, S: Service<Request>> Operate<'a, S> {
     pub(super) fn new(shared: &'a Shared, service: S, request: Request, counts: bool) -> Self {
         Self {
             shared,
+            operating: None,
             step: Step::New { counts },
             call: Call::new(
                 service,
@@ -76,11 +72,23 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Response>> {
         let mut this = self.project();
         let shared = *this.shared;
-        if !matches!(this.step, Step::Called { .. }) {
-            ready!(prepare(shared, this.step, this.call.as_mut(), cx))?;
-        }
-        let outcome = ready!(this.call.poll(cx));
+        let prepared = match &mut *this.step {
+            Step::Called => Ok(()),
+            Step::Done => panic!("polled after completion"),
+            step => ready!(prepare(
+                shared,
+                step,
+                this.operating,
+                this.call.as_mut(),
+                cx
+            )),
+        };
+        let outcome = match prepared {
+            Ok(()) => ready!(this.call.poll(cx)),
+            Err(error) => Err(error),
+        };
         *this.step = Step::Done;
+        *this.operating = None;
         let response = outcome?;
         // As it is now: what others have written meanwhile may be compressed in another way than before.
         Poll::Ready(match shared.reads.compression().get() {
@@ -94,6 +102,7 @@ where
 fn prepare<'a, S>(
     shared: &'a Shared,
     step: &mut Step<'a>,
+    operating: &mut Option<Operating<'a>>,
     call: Pin<&mut Call<'a, S>>,
     cx: &mut Context<'_>,
 ) -> Poll<Result<()>>
@@ -101,51 +110,24 @@ where
     S: Service<Request>,
 {
     let request = call.request_mut();
-    loop {
-        match std::mem::replace(step, Step::Done) {
-            Step::New { counts } => {
-                let operating = match counts {
-                    true => Some(shared.reads.tracker().operate()?),
-                    false => None,
-                };
-                let outdating = request
-                    .operation()
-                    .changes()
-                    .then(|| outdate(shared, request))
-                    .flatten();
-                *step = match outdating {
-                    Some(outdating) => Step::Outdating {
-                        operating,
-                        outdating,
-                    },
-                    None => Step::Ready(operating),
-                };
-            }
-            Step::Outdating {
-                operating,
-                mut outdating,
-            } => {
-                if outdating.as_mut().poll(cx).is_pending() {
-                    *step = Step::Outdating {
-                        operating,
-                        outdating,
-                    };
-                    return Poll::Pending;
-                }
-                *step = Step::Ready(operating);
-            }
-            Step::Ready(operating) => {
-                if let Some(compression) = shared.reads.compression().get() {
-                    compression.write(request)?;
-                }
-                *step = Step::Called {
-                    _operating: operating,
-                };
-                return Poll::Ready(Ok(()));
-            }
-            Step::Called { .. } | Step::Done => panic!("polled after completion"),
+    if let Step::New { counts } = *step {
+        if counts {
+            *operating = Some(shared.reads.tracker().operate()?);
+        }
+        if request.operation().changes()
+            && let Some(outdating) = outdate(shared, request)
+        {
+            *step = Step::Outdating(outdating);
         }
     }
+    if let Step::Outdating(outdating) = step {
+        ready!(outdating.as_mut().poll(cx));
+    }
+    *step = Step::Called;
+    Poll::Ready(match shared.reads.compression().get() {
+        Some(compression) => compression.write(request),
+        None => Ok(()),
+    })
 }
 
 /// Nobody gets what is being loaded for the request's key any more. What there is to wait for then has
