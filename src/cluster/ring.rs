@@ -14,6 +14,7 @@ use std::iter::{Chain, FusedIterator};
 use std::ops::Range;
 use std::slice;
 
+use md5::block_api::compress;
 use md5::{Digest, Md5};
 
 #[cfg(test)]
@@ -412,10 +413,26 @@ const DIGESTS_PER_NODE: u32 = POINTS_PER_NODE as u32 / 4;
 /// How often spymemcached's `KetamaNodeLocator::getSequence` looks for a node.
 const SPYMEMCACHED_TRIES: u8 = 7;
 
-/// A key's position on the ring.
+/// A key's position on the ring: how its MD5 digest begins.
 fn hash(key: &[u8]) -> u32 {
-    leading_u32(Md5::digest(key).into())
+    if key.len() >= LENGTH_AT {
+        return leading_u32(Md5::digest(key).into());
+    }
+    // Most keys are one block, and need nothing of what collects several.
+    let mut block = [0; 64];
+    block[..key.len()].copy_from_slice(key);
+    block[key.len()] = 0x80;
+    block[LENGTH_AT..].copy_from_slice(&(key.len() as u64 * 8).to_le_bytes());
+    let mut state = INITIAL_STATE;
+    compress(&mut state, &[block]);
+    state[0]
 }
+
+/// Where MD5's last block has the length of all, in bits, behind a bit that is set.
+const LENGTH_AT: usize = 56;
+
+/// What MD5 begins with.
+const INITIAL_STATE: [u32; 4] = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
 
 fn leading_u32(digest: [u8; 16]) -> u32 {
     let [a, b, c, d, ..] = digest;

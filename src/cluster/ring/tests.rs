@@ -61,6 +61,15 @@ fn every_row_of_the_compatibility_tables_holds() {
 }
 
 #[test]
+fn keys_of_any_length_have_their_digests_hash() {
+    for length in 0..=crate::key::MAX_KEY_LENGTH {
+        let key: Vec<u8> = (0..length).map(|n| (n * 37 + length) as u8).collect();
+        let digest = leading_u32(Md5::digest(&key).into());
+        assert_eq!(super::hash(&key), digest, "{length} bytes");
+    }
+}
+
+#[test]
 fn points_are_counted_in_libmemcacheds_single_precision() {
     let (ring, servers) = servers_of("lm_weighted").unwrap();
     let counts = points_per_node(&ring.build(&tcp_nodes(&servers)));
