@@ -177,3 +177,37 @@ impl<V> MultiGet<V> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn invalid_keys_have_outcomes_and_nothing_else() {
+        let key = |key: &str| Key::new(key).unwrap();
+        let invalid = || Outcome::<u8>::Error(Key::new("").unwrap_err());
+        let failed = Outcome::Error(Error::new(ErrorKind::Timeout, "late"));
+        let keys = [key("a"), key("b"), key("c")];
+        let outcomes = vec![
+            invalid(),
+            Outcome::Hit(1),
+            invalid(),
+            invalid(),
+            failed,
+            Outcome::Hit(2),
+            invalid(),
+        ];
+        let read = MultiGet::new(keys.clone().into(), vec![0, 2, 3, 6], outcomes);
+        assert_eq!(read.len(), 7);
+        assert!(read.iter().map(|(key, _)| key).eq(&keys));
+        assert!(matches!(read.get("b"), Some(Outcome::Error(_))));
+        assert!(matches!(read.get("c"), Some(Outcome::Hit(2))));
+        let places: Vec<_> = read.errors().map(|(place, _)| place).collect();
+        assert_eq!(places, [0, 2, 3, 4, 6]);
+        #[cfg(feature = "serde")]
+        assert_eq!(read.keys_failed(|_| true), (vec![4], vec![key("b")]));
+        let hits = [(key("a"), 1), (key("c"), 2)];
+        assert_eq!(read.into_hits(), HashMap::from(hits));
+    }
+}

@@ -7,7 +7,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use tokio::time::Instant;
 
-use super::{Batch, Limits, Parser, Pipeline, Ticket, Violation, encode};
+use super::{Batch, Limits, Parser, Pipeline, Reply, Ticket, Violation, encode};
 use crate::error::{Charge, Error, ErrorKind, Result, Sent};
 use crate::key::Key;
 use crate::request::{Direction, LeaseTerms, Operation, StoreMode};
@@ -210,6 +210,27 @@ fn writes_each_operation_as_memcached_reads_it() {
 }
 
 #[test]
+fn there_is_room_for_the_longest_line() {
+    let key = Key::binary([b'k'; 186]).unwrap();
+    let (length, latest) = (1 << 26, i64::from(i32::MAX));
+    let operation = Operation::CompareAndSwap {
+        key: key.clone(),
+        payload: Payload::from(vec![0; length]).with_flags(u32::MAX),
+        ttl: Ttl::secs(u64::MAX),
+        token: CasToken {
+            node: NonZeroU32::MIN,
+            connection: 1,
+            unique: u64::MAX,
+        },
+    };
+    let mut out = BytesMut::new();
+    encode(&operation, u32::MAX, &mut out).unwrap();
+    let (flags, unique) = (u32::MAX, u64::MAX);
+    let expected = format!("ms {key} {length} F{flags} T{latest} C{unique} b O{flags}\r\n");
+    assert_eq!(out, expected.as_bytes());
+}
+
+#[test]
 fn each_reply_answers_its_request() {
     let mut talk = Conversation::new();
     let hit = talk.send(&get("a"));
@@ -325,12 +346,64 @@ fn a_multi_key_read_that_runs_out_of_time_keeps_what_has_come() {
     assert_eq!(talk.value(&next).as_deref(), Some(&b"E"[..]));
 }
 
+/// What is read from these pieces, and how it ends.
+fn read(pieces: &[&[u8]]) -> (Vec<Reply>, Option<Violation>) {
+    let (mut parser, mut input) = (Parser::new(30), BytesMut::new());
+    let mut replies = Vec::new();
+    for piece in pieces {
+        input.extend_from_slice(piece);
+        loop {
+            match parser.parse(&mut input) {
+                Ok(Some(reply)) => replies.push(reply),
+                Ok(None) => break,
+                Err(violation) => return (replies, Some(violation)),
+            }
+        }
+    }
+    (replies, None)
+}
+
+/// What replies are made of, and what they are not.
+fn scrap() -> impl Strategy<Value = &'static str> {
+    proptest::sample::select(vec![
+        "VA ",
+        "HD",
+        "EN",
+        "NF",
+        "MN",
+        "OK",
+        "\r\n",
+        "\r\n",
+        "\r",
+        "\n",
+        " ",
+        "0",
+        "1",
+        "31",
+        "xy",
+        " O1",
+        " O7",
+        " f0",
+        " c5",
+        " t9",
+        " t-1",
+        " W",
+        " Z",
+        " X",
+        " b",
+        " k",
+        "VA 2 f1 O1\r\nxy\r\n",
+        "EN O1\r\n",
+    ])
+}
+
 /// What must never be taken for an answer, and what it is called.
 #[test]
 fn a_stream_out_of_step_is_a_violation_and_fails_what_is_in_flight() {
     let absurd = (1u64 << 31).to_string();
     let absurd = format!("VA {absurd} f0 O1\r\n");
     let endless = vec![b'x'; super::MAX_LINE + 1];
+    let endless_flags = format!("EN{} O1\r\n", " f1".repeat(super::MAX_LINE / 3));
     type Expected = fn(&Violation) -> bool;
     let cases: Vec<(&[u8], Expected)> = vec![
         (b"VA 1 f0 O2\r\nx\r\n", |v| {
@@ -369,7 +442,21 @@ fn a_stream_out_of_step_is_a_violation_and_fails_what_is_in_flight() {
             matches!(v, Violation::Unparsable(_))
         }),
         (b"VA 1 f0 O1\r\nxyz", |v| *v == Violation::UnterminatedValue),
+        (b"VA 000000000000000000001 O1\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
+        (b"VA\r\n", |v| matches!(v, Violation::Unparsable(_))),
+        (b"VA 1f0 O1\r\nx\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
+        (b"ENO1\r\n", |v| matches!(v, Violation::Unparsable(_))),
+        (b"EN O4294967296\r\n", |v| {
+            matches!(v, Violation::Unparsable(_))
+        }),
+        (b"EN O1 W1\r\n", |v| matches!(v, Violation::Unparsable(_))),
+        (b"EN O1\r \n", |v| matches!(v, Violation::Unparsable(_))),
         (&endless, |v| *v == Violation::LineTooLong),
+        (endless_flags.as_bytes(), |v| *v == Violation::LineTooLong),
         (b"HTTP/1.1 400 Bad Request\r\n", |v| {
             matches!(v, Violation::Unparsable(_))
         }),
@@ -927,6 +1014,19 @@ proptest! {
             for (ticket, exchange) in tickets.iter().zip(&exchanges) {
                 exchange.check(talk.outcome(ticket).unwrap());
             }
+        }
+    }
+
+    /// However the stream is cut, and whatever is in it.
+    #[test]
+    fn what_makes_no_sense_is_read_alike_wherever_it_is_cut(scraps in vec(scrap(), 1..16)) {
+        let stream = scraps.concat();
+        let stream = stream.as_bytes();
+        let whole = read(&[stream]);
+        prop_assert_eq!(&read(&stream.chunks(1).collect::<Vec<_>>()), &whole);
+        for at in 1..stream.len() {
+            let (left, right) = stream.split_at(at);
+            prop_assert_eq!(&read(&[left, right]), &whole);
         }
     }
 
