@@ -263,6 +263,10 @@ impl Parser {
     /// The next line, and its length with its end.
     #[inline]
     fn line(&mut self, buffer: &[u8]) -> Result<Option<(Line, usize)>, Violation> {
+        // Whoever takes all there is ends here.
+        if buffer.is_empty() {
+            return Ok(None);
+        }
         if self.searched > 0 && find_line(buffer, &mut self.searched)?.is_none() {
             return Ok(None);
         }
