@@ -274,20 +274,34 @@ async fn a_write_repeated_after_its_connection_was_lost_is_read_or_a_miss() {
     let server = server().await;
     let client = redistributing(std::slice::from_ref(&server));
     client.set("k", "old", Ttl::NEVER).await.unwrap();
+    // What was acknowledged last, and what is in doubt since.
+    let (mut allowed, mut rounds) = (vec!["old".to_owned()], 0);
     for round in 0..20 {
         // It is executed, but its connection ends before the answer comes. Who has ended it, and
         // whether the server has read it all, nobody can tell.
         server.delay(Duration::from_millis(20));
-        let cut = client.set("k", format!("{round}"), Ttl::NEVER);
+        let value = round.to_string();
+        let cut = client.set("k", value.clone(), Ttl::NEVER);
         let close = async {
             tokio::time::sleep(Duration::from_millis(5)).await;
             server.close_connections();
         };
         let (outcome, ()) = tokio::join!(cut, close);
-        outcome.unwrap();
-        let read = client.get("k").await.unwrap();
-        assert!(read.is_none_or(|read| read == *format!("{round}")));
+        // On a busy machine the repetition may be cut off, too, or come late.
+        match outcome {
+            Ok(()) => allowed = vec![value],
+            Err(_) => allowed.push(value),
+        }
+        let Ok(read) = client.get("k").await else {
+            continue;
+        };
+        rounds += 1;
+        let is_allowed = read
+            .as_ref()
+            .is_none_or(|read| allowed.iter().any(|value| *read == **value));
+        assert!(is_allowed, "{read:?} is none of {allowed:?}");
     }
+    assert!(rounds > 0, "none could be judged");
     server.heal().unwrap();
     eventually("the doubt is over", || client.nodes()[0].journal == 0).await;
     client.set("k", "new", Ttl::NEVER).await.unwrap();
