@@ -384,7 +384,8 @@ pin_project! {
     where
         S: Service<Request>,
     {
-        Waiting { service: S },
+        // Called is a service only once, also if that panics and whoever polls goes on.
+        Waiting { service: S, called: bool },
         Called { #[pin] future: S::Future },
         Done,
     }
@@ -438,6 +439,7 @@ impl<S: Service<Request>> NodeFuture<S> {
             },
             step: Step::Waiting {
                 service: node.service,
+                called: false,
             },
             entered: None,
             timer: None,
@@ -470,7 +472,8 @@ where
         let mut waited = false;
         let polled = loop {
             match this.step.as_mut().project() {
-                StepProjection::Waiting { service } => {
+                StepProjection::Waiting { called: true, .. } => panic!("polled after a panic"),
+                StepProjection::Waiting { service, called } => {
                     let now = match *this.entered {
                         Some(entered) => entered,
                         None => {
@@ -505,6 +508,7 @@ where
                         // Right below is our own transport.
                         request.tell_time(now);
                     }
+                    *called = true;
                     let future = service.call(request);
                     this.step.set(Step::Called { future });
                 }

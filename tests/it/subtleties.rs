@@ -1,15 +1,18 @@
 //! Where two parts meet and each is right by itself: found by reading, kept by these.
 
+use std::future::Future as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
-use tower::service_fn;
+use tower::{Service as _, service_fn};
 use tower_memcached::{
-    BreakerSettings, BreakerState, Client, Cluster, ClusterSettings, ErrorKind, Executor,
-    FailureMode, GroupLayer, Node, NodeSettings, NodeSpec, Operation, ProbeSettings, Request,
-    Response, Sent, Ttl, Value,
+    BreakerSettings, BreakerState, Client, Cluster, ClusterSettings, Direction, ErrorKind,
+    Executor, FailureMode, GroupLayer, Key, Node, NodeSettings, NodeSpec, Operation, ProbeSettings,
+    Request, Response, Sent, Ttl, Value,
 };
 
 use crate::support::{
@@ -181,6 +184,37 @@ async fn waiting_in_a_users_node_layer_is_unsent_and_not_the_nodes_fault() {
     assert_eq!(server.commands(), before);
     drop(taken);
     client.get("k").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_service_that_panics_is_not_asked_again_by_who_polls_on() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let service = service_fn({
+        let calls = calls.clone();
+        move |request: Request| {
+            if let Operation::Arithmetic { .. } = request.operation() {
+                calls.fetch_add(1, Ordering::Relaxed);
+                panic!("it may have been sent by now");
+            }
+            std::future::pending::<Result<Response, tower::BoxError>>()
+        }
+    });
+    let settings = NodeSettings::default();
+    let mut node = Node::new("mock", service, settings, &Executor::current()).unwrap();
+    let mut increment = Box::pin(node.call(Request::new(Operation::Arithmetic {
+        key: Key::new("k").unwrap(),
+        delta: 1,
+        direction: Direction::Up,
+    })));
+    for _ in 0..2 {
+        let mut cx = Context::from_waker(Waker::noop());
+        let poll = AssertUnwindSafe(|| increment.as_mut().poll(&mut cx).is_ready());
+        assert!(catch_unwind(poll).is_err());
+    }
+    assert_eq!(calls.load(Ordering::Relaxed), 1);
+    assert_eq!(node.status().in_flight, 1);
+    drop(increment);
+    assert_eq!(node.status().in_flight, 0, "its place is given back");
 }
 
 #[tokio::test]
