@@ -31,6 +31,15 @@ fn classic(server: &Server) -> ClientBuilder {
         .probe(ProbeSettings::default().initial_delay(Duration::from_secs(3_600)))
 }
 
+/// The same for requests that are asked once, whose time-outs condemn no node.
+fn of_one_attempt(server: &Server) -> ClientBuilder {
+    classic(server)
+        .timeout(ms(200))
+        .max_attempts(1)
+        .consecutive_timeouts(u32::MAX)
+        .failure_mode(FailureMode::Cancel)
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_thousand_requests_share_the_pools_connections_and_all_are_answered() {
     let server = Server::new();
@@ -169,14 +178,10 @@ async fn a_caller_that_leaves_costs_no_connection_where_the_answer_comes_in_time
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_did_not_answer_is_closed_and_never_used_again() {
     let server = Server::new();
-    let client: Client = classic(&server)
+    let client: Client = of_one_attempt(&server)
         .pool_size(1)
         .attempt_timeout(ms(30))
         .stall_timeout(ms(60))
-        .timeout(ms(200))
-        .max_attempts(1)
-        .consecutive_timeouts(u32::MAX)
-        .failure_mode(FailureMode::Cancel)
         .build()
         .unwrap();
     client.set("a", "of a", TTL).await.unwrap();
@@ -301,14 +306,10 @@ async fn a_token_from_before_a_restart_is_not_sent() {
 #[tokio::test(start_paused = true)]
 async fn a_token_waits_for_its_connection_as_long_as_any_request_and_no_longer() {
     let server = Server::new();
-    let client: Client = classic(&server)
+    let client: Client = of_one_attempt(&server)
         .pool_size(2)
         .attempt_timeout(ms(50))
         .stall_timeout(ms(500))
-        .timeout(ms(200))
-        .max_attempts(1)
-        .consecutive_timeouts(u32::MAX)
-        .failure_mode(FailureMode::Cancel)
         .build()
         .unwrap();
     client.set("k", "v", TTL).await.unwrap();
