@@ -71,6 +71,7 @@ pin_project! {
 }
 
 impl<'a, S: Service<Request>> Call<'a, S> {
+    #[inline]
     pub(crate) fn new(
         service: S,
         request: Request,

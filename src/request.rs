@@ -404,6 +404,7 @@ pub(crate) enum Purpose {
 impl Request {
     /// A request without a deadline; [`Client`](crate::Client) stamps one on each.
     #[must_use]
+    #[inline]
     pub fn new(operation: Operation) -> Self {
         Self {
             operation: Arc::new(operation),

@@ -465,6 +465,7 @@ where
     ///
     /// # Errors
     /// As the operation's; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) at the deadline.
+    #[inline]
     pub fn call(&self, request: Request) -> impl Future<Output = Result<Response>> + use<'_, S> {
         Operate::new(&self.shared, self.service.clone(), request, true)
     }

@@ -47,6 +47,7 @@ enum Step<'a> {
 }
 
 impl<'a, S: Service<Request>> Operate<'a, S> {
+    #[inline]
     pub(super) fn new(shared: &'a Shared, service: S, request: Request, counts: bool) -> Self {
         Self {
             shared,

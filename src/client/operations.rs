@@ -45,6 +45,7 @@ where
     S: Service<Request, Response = Response> + Clone,
     S::Error: Into<BoxError>,
 {
+    #[inline]
     fn ask(&self, operation: Operation) -> impl Future<Output = Result<Response>> + use<'_, S> {
         self.call(Request::new(operation))
     }

@@ -517,9 +517,10 @@ async fn a_connection_given_up_has_as_long_as_a_doubt_and_no_longer() {
     let client = Client::builder()
         .nodes([sleeps.address().to_string()])
         .executor(Executor::current())
-        .timeout(secs(2))
-        .attempt_timeout(ms(150))
-        .stall_timeout(ms(75))
+        // So long that the connection that is made anew answers in time on a busy machine, too.
+        .timeout(secs(4))
+        .attempt_timeout(ms(450))
+        .stall_timeout(ms(225))
         .connector(Parted {
             dialled: AtomicUsize::new(0),
             others: awake.address().to_string().parse().unwrap(),
