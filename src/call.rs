@@ -23,12 +23,14 @@ thread_local! {
 
 /// For a future that is about to say that it is pending: it has seen to it that the waker that it was
 /// polled with is woken by then, in the caller's runtime.
+#[inline]
 pub(crate) fn promise_wake(by: Instant) {
     let before = WOKEN_BY.get();
     WOKEN_BY.set(Some(before.map_or(by, |before| before.min(by))));
 }
 
 /// What was promised does not hold any more, for whoever did is not polled again.
+#[inline]
 pub(crate) fn forget_wake() {
     WOKEN_BY.set(None);
 }

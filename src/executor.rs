@@ -199,6 +199,7 @@ impl AtomicDuration {
         it
     }
 
+    #[inline]
     pub(crate) fn get(&self) -> Duration {
         Duration::from_nanos(self.0.load(Ordering::Relaxed))
     }
@@ -214,6 +215,7 @@ impl AtomicDuration {
 pub(crate) const LATE: Duration = Duration::from_millis(5);
 
 /// `now + duration`, or a moment that will not come: a timeout of `Duration::MAX` means none.
+#[inline]
 pub(crate) fn after(now: Instant, duration: Duration) -> Instant {
     const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
     now + duration.min(FAR)

@@ -44,6 +44,7 @@ impl KillSwitch {
 
     /// Whether it is thrown.
     #[must_use]
+    #[inline]
     pub fn is_thrown(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }

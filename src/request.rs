@@ -427,6 +427,7 @@ impl Request {
     }
 
     /// The same in place.
+    #[inline]
     pub(crate) fn limit(&mut self, deadline: Instant) {
         self.deadline = Some(self.deadline.map_or(deadline, |known| known.min(deadline)));
     }
@@ -478,6 +479,7 @@ impl Request {
     }
 
     /// What time it is. It is told once.
+    #[inline]
     pub(crate) fn take_time(&mut self) -> Instant {
         self.time.take().unwrap_or_else(Instant::now)
     }

@@ -138,6 +138,7 @@ impl Limit {
     }
 
     /// Gives a place back: to the first in the queue.
+    #[inline]
     pub(crate) fn leave(&self) {
         let before = State(self.state.fetch_sub(PLACE, Ordering::AcqRel));
         debug_assert!(before.inside() > 0, "nobody is inside");

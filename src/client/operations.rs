@@ -33,6 +33,7 @@ fn stored(response: Response) -> Result<bool> {
     }
 }
 
+#[inline]
 fn value(response: Response) -> Result<Option<Value>> {
     match response {
         Response::Value(value) => Ok(value),

@@ -93,6 +93,7 @@ impl Budget {
         Duration::as_millis(&self.began.elapsed()) as u64
     }
 
+    #[inline]
     fn capacity(&self) -> u64 {
         let settings = self.settings();
         // Ten seconds of a service's requests cannot be known beforehand; what a thousand of them
@@ -103,6 +104,7 @@ impl Budget {
     }
 
     /// A request was made.
+    #[inline]
     pub(super) fn deposit(&self) {
         // Full is the usual state; then this is one load.
         if self.balance.load(Ordering::Relaxed) < self.capacity() {

@@ -51,6 +51,7 @@ impl Slot {
             .store(settings.is_some(), Ordering::Release);
     }
 
+    #[inline]
     pub(crate) fn get(&self) -> Option<Arc<CompressionSettings>> {
         match self.0.are_there.load(Ordering::Acquire) {
             true => self.0.settings.load_full(),

@@ -187,6 +187,7 @@ impl Journal {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[inline]
     pub(super) fn len(&self) -> usize {
         self.held.load(Ordering::Acquire)
     }

@@ -178,11 +178,13 @@ impl Shared {
     }
 
     /// Whether no request may go to it.
+    #[inline]
     pub(crate) fn is_open(&self) -> bool {
         self.gate.is_shut()
     }
 
     /// Whether requests may go to it for any key: nothing is wrong with it.
+    #[inline]
     pub(crate) fn is_untroubled(&self) -> bool {
         self.gate.is_closed() && self.journal.len() == 0
     }
@@ -483,12 +485,14 @@ impl Shared {
     }
 
     /// Whether it is none of the cluster's nodes any more.
+    #[inline]
     pub(crate) fn is_retired(&self) -> bool {
         self.retired.get().is_some()
     }
 
     /// # Errors
     /// [`ErrorKind::NodeUnavailable`], unsent, if it is none of the cluster's nodes any more.
+    #[inline]
     pub(super) fn still_there(&self) -> Result<()> {
         match self.is_retired() {
             true => Err(self.gone()),
@@ -613,6 +617,7 @@ impl Shared {
         Error::new(ErrorKind::Overloaded, message).at_node(&self.name)
     }
 
+    #[inline]
     pub(super) fn leave(&self) {
         self.throttle.places().leave();
     }

@@ -161,11 +161,13 @@ impl Transport {
 
     /// Whether it is asked in the classic protocol, as far as is known.
     #[cfg(feature = "classic")]
+    #[inline]
     fn is_classic(&self) -> bool {
         self.protocol() == Some(Protocol::Classic)
     }
 
     #[cfg(feature = "classic")]
+    #[inline]
     fn send(&self, request: Request) -> Asking {
         match self.is_classic() {
             true => Asking::Classic(Box::new(self.0.classic.request(request))),
@@ -192,6 +194,7 @@ impl Service<Request> for Transport {
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn call(&mut self, request: Request) -> TransportFuture {
         #[cfg(feature = "classic")]
         return TransportFuture {

@@ -219,6 +219,7 @@ impl Pipelined {
         Self(Arc::new(Pool::new(site, spawner)))
     }
 
+    #[inline]
     pub(super) fn request(&self, request: Request) -> PipelinedFuture {
         PipelinedFuture::new(self.0.clone(), request)
     }

@@ -438,6 +438,7 @@ struct Waiting {
 }
 
 impl PipelinedFuture {
+    #[inline]
     pub(super) fn new(pool: Arc<Pool>, request: Request) -> Self {
         Self {
             step: Step::Start(pool),
