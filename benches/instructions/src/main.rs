@@ -8,6 +8,7 @@
 //! thread, and there are no sockets. So no timer fires, and nothing that is done once a second is
 //! counted. What is made at the first use has been made before.
 
+#[path = "../../support/canned.rs"]
 mod canned;
 mod recorder;
 

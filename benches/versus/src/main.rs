@@ -3,7 +3,7 @@
 //! ```text
 //! versus [--quick] [--row NAME].. [--json FILE] [--document FILE] [--check]
 //! versus --profile CONTENDER TASKS SECONDS [--runtime single|multi] [--pool N] [--value BYTES]
-//!        [--work mixed|get-many|concurrent]
+//!        [--work mixed|get-many|concurrent] [--in-memory true|false]
 //! ```
 //!
 //! Each measurement is a process of its own. The contenders of a row take turns, round after round; what
@@ -12,6 +12,8 @@
 //! measured to the JSON file. `--document` rewrites what is between two marks in a file. `--check` fails if
 //! a target is not met.
 
+#[path = "../../support/canned.rs"]
+mod canned;
 mod contender;
 mod measure;
 mod plan;
@@ -130,6 +132,7 @@ fn profile(arguments: &[String]) -> Outcome<ExitCode> {
         work: Work::Mixed,
         tasks,
         value: 100,
+        in_memory: false,
     };
     for option in options.chunks(2) {
         let [name, value] = option else {
@@ -139,6 +142,7 @@ fn profile(arguments: &[String]) -> Outcome<ExitCode> {
             "--runtime" => cell.runtime = Some(named(value)?),
             "--pool" => cell.pool = Some(value.parse()?),
             "--value" => cell.value = value.parse()?,
+            "--in-memory" => cell.in_memory = value.parse()?,
             "--work" => cell.work = named(value)?,
             other => return Err(format!("no such option: {other}").into()),
         }

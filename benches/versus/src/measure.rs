@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use nix::sys::time::TimeValLike as _;
-use tower_memcached::Executor;
+use tower_memcached::{Connector, Executor, SystemConnector};
 
+use crate::canned::Canned;
 use crate::contender::raw::{Connection, Reply};
 use crate::contender::{Client, Outcome, async_memcached, memcache, memcache_async, ours};
 use crate::spec::{BATCH, Cell, Contender, KEYS, Measured, Order, RAW_DEPTH, Runtime, Work};
@@ -209,27 +210,33 @@ fn run(order: &Order, opened: mpsc::Sender<Window>) -> Outcome<()> {
             .build()?,
     };
     let first = *order.servers.first().ok_or("no server")?;
+    let connector: Arc<dyn Connector> = match cell.in_memory {
+        true => Arc::new(Canned),
+        false => Arc::new(SystemConnector::new()),
+    };
     let pool = cell.pool.unwrap_or(1);
     runtime.block_on(async {
         match cell.contender {
             Contender::Current => {
-                let client = ours::Whole::new(&order.servers[..1], Executor::current())?;
+                let client = ours::Whole::new(&order.servers[..1], connector, Executor::current())?;
                 callers(client, order, opened).await
             }
             Contender::Dedicated => {
                 let executor = Executor::dedicated("memcached-io", 1);
-                let client = ours::Whole::new(&order.servers[..1], executor)?;
+                let client = ours::Whole::new(&order.servers[..1], connector, executor)?;
                 callers(client, order, opened).await
             }
             Contender::Ring3 => {
-                let client = ours::Whole::new(&order.servers, Executor::current())?;
+                let client = ours::Whole::new(&order.servers, connector, Executor::current())?;
                 callers(client, order, opened).await
             }
             Contender::Transport => {
-                callers(ours::Transports::new(&order.servers[..1])?, order, opened).await
+                let transports = ours::Transports::new(&order.servers[..1], connector)?;
+                callers(transports, order, opened).await
             }
             Contender::Transport3 => {
-                callers(ours::Transports::new(&order.servers)?, order, opened).await
+                let transports = ours::Transports::new(&order.servers, connector)?;
+                callers(transports, order, opened).await
             }
             Contender::MemcacheAsync => {
                 let client = memcache_async::Pooled::new(first, pool).await?;

@@ -118,6 +118,7 @@ pub mod tests {
             work,
             tasks: 64,
             value: 100,
+            in_memory: false,
         }
     }
 

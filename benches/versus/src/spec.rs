@@ -124,6 +124,8 @@ pub struct Cell {
     pub tasks: usize,
     /// The length of the values, in bytes.
     pub value: usize,
+    /// Whether the server is in the same process, without a socket.
+    pub in_memory: bool,
 }
 
 impl Cell {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use futures::future::join_all;
 use tower::{Service as _, ServiceExt as _};
 use tower_memcached::{
-    Client, Executor, Key, Operation, Outcome as KeyOutcome, Payload, Pipelined, PipelinedSettings,
-    Request, Response, StoreMode, SystemConnector, Ttl, Value,
+    Address, Client, Connecting, Connector, Executor, Key, Operation, Outcome as KeyOutcome,
+    Payload, Pipelined, PipelinedSettings, Request, Response, StoreMode, Ttl, Value,
 };
 
 use super::Outcome;
@@ -18,13 +18,27 @@ use super::Outcome;
 const TIMEOUT: Duration = Duration::from_secs(2);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// One that has been made already, of whatever kind.
+struct Made(Arc<dyn Connector>);
+
+impl Connector for Made {
+    fn connect(&self, address: &Address) -> Connecting {
+        self.0.connect(address)
+    }
+}
+
 #[derive(Clone)]
 pub struct Whole(Client);
 
 impl Whole {
-    pub fn new(servers: &[SocketAddr], executor: Executor) -> Outcome<Self> {
+    pub fn new(
+        servers: &[SocketAddr],
+        connector: Arc<dyn Connector>,
+        executor: Executor,
+    ) -> Outcome<Self> {
         let client = Client::builder()
             .nodes(servers.iter().map(SocketAddr::to_string))
+            .connector(Made(connector))
             .executor(executor)
             .timeout(TIMEOUT)
             .attempt_timeout(ATTEMPT_TIMEOUT)
@@ -80,8 +94,7 @@ impl super::Client for Whole {
 pub struct Transports(Vec<Pipelined>);
 
 impl Transports {
-    pub fn new(servers: &[SocketAddr]) -> Outcome<Self> {
-        let connector = Arc::new(SystemConnector::new());
+    pub fn new(servers: &[SocketAddr], connector: Arc<dyn Connector>) -> Outcome<Self> {
         let transport = |server: &SocketAddr| {
             Pipelined::new(
                 server.to_string().parse()?,

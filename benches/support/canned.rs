@@ -1,11 +1,12 @@
-//! Connections to a server that has every key, in this process and without sockets. What it does is
-//! not counted, as the names of its functions say.
+//! Connections to a server that has every key, in this process and without sockets: a value of 100 bytes,
+//! which begins with what is behind the colon of its key. Where instructions are counted, what it does is not,
+//! as the names of its functions say.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
-use bytes::{Buf as _, BufMut as _, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tower_memcached::{Address, BoxStream, Connecting, Connector};
 
@@ -22,6 +23,8 @@ impl Connector for Canned {
 struct Stream {
     asked: BytesMut,
     answers: BytesMut,
+    /// What a probe has written, and will ask for.
+    canary: Bytes,
     reader: Option<Waker>,
 }
 
@@ -49,15 +52,23 @@ impl Stream {
         };
         let line = str::from_utf8(&self.asked[..end - 1]).unwrap();
         let mut words = line.split(' ');
-        let (command, _key) = (words.next(), words.next());
+        let (command, key) = (words.next(), words.next().unwrap_or_default());
+        let (kind, mark) = key.split_once(':').unwrap_or_default();
+        let is_canary = kind == "tower-memcached";
         let opaque = line.rsplit(' ').next().unwrap();
         let mut body = 0;
         match command {
+            Some("mg") if is_canary => {
+                let head = format!("VA {} f0 {opaque}\r\n", self.canary.len() - 2);
+                self.answers.put_slice(head.as_bytes());
+                self.answers.put_slice(&self.canary);
+            }
             Some("mg") => {
                 self.answers.put_slice(b"VA 100 f0 ");
                 self.answers.put_slice(opaque.as_bytes());
                 self.answers.put_slice(b"\r\n");
-                self.answers.put_bytes(b'v', 100);
+                self.answers.put_slice(mark.as_bytes());
+                self.answers.put_bytes(b'v', 100 - mark.len());
                 self.answers.put_slice(b"\r\n");
             }
             Some("ms") => {
@@ -65,12 +76,16 @@ impl Stream {
                 if self.asked.len() < end + 1 + body {
                     return false;
                 }
+                if is_canary {
+                    self.canary = Bytes::copy_from_slice(&self.asked[end + 1..end + 1 + body]);
+                }
                 self.answers.put_slice(b"HD ");
                 self.answers.put_slice(opaque.as_bytes());
                 self.answers.put_slice(b"\r\n");
             }
             Some("mn") => self.answers.put_slice(b"MN\r\n"),
             Some("version") => self.answers.put_slice(b"VERSION 1.6.40\r\n"),
+            Some("stats") => self.answers.put_slice(b"END\r\n"),
             _ => panic!("{line}"),
         }
         self.asked.advance(end + 1 + body);
