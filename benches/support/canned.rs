@@ -58,11 +58,16 @@ impl Stream {
         let opaque = line.rsplit(' ').next().unwrap();
         let mut body = 0;
         match command {
-            Some("mg") if is_canary => {
-                let head = format!("VA {} f0 {opaque}\r\n", self.canary.len() - 2);
-                self.answers.put_slice(head.as_bytes());
-                self.answers.put_slice(&self.canary);
-            }
+            Some("mg") if is_canary => match self.canary.len().checked_sub(2) {
+                Some(length) => {
+                    let head = format!("VA {length} f0 {opaque}\r\n");
+                    self.answers.put_slice(head.as_bytes());
+                    self.answers.put_slice(&self.canary);
+                }
+                None => self
+                    .answers
+                    .put_slice(format!("EN {opaque}\r\n").as_bytes()),
+            },
             Some("mg") => {
                 self.answers.put_slice(b"VA 100 f0 ");
                 self.answers.put_slice(opaque.as_bytes());

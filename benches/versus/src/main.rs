@@ -1,4 +1,4 @@
-//! tower-memcached side by side with other clients, on a real memcached, on this machine.
+//! tower-memcached side by side with other clients, on a real memcached, and by itself in memory, on this machine.
 //!
 //! ```text
 //! versus [--quick] [--row NAME].. [--json FILE] [--document FILE] [--check]
@@ -147,6 +147,10 @@ fn profile(arguments: &[String]) -> Outcome<ExitCode> {
             other => return Err(format!("no such option: {other}").into()),
         }
     }
+    if cell.in_memory && (cell.contender.is_raw() || cell.contender.is_peer() || cell.value != 100)
+    {
+        return Err("in memory there are our own contenders only, and values of 100 bytes".into());
+    }
     let servers = start_servers()?;
     let order = Order {
         cell,
@@ -284,7 +288,7 @@ fn run(
 fn compare(arguments: &[String]) -> Outcome<ExitCode> {
     let options = Options::parse(arguments)?;
     let settings = &options.settings;
-    // Said now, not after a quarter of an hour.
+    // Said now, not when all has been measured.
     if let Some(document) = &options.document {
         report::replace(&fs::read_to_string(document)?, "")?;
     }

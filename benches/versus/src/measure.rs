@@ -485,3 +485,35 @@ pub fn measure(order: &Order) -> Outcome<Measured> {
         first_error: total.first_error,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_memory_nobody_has_to_listen_and_every_value_is_right() {
+        let order = Order {
+            cell: Cell {
+                contender: Contender::Ring3,
+                runtime: Some(Runtime::Single),
+                pool: None,
+                work: Work::Mixed,
+                tasks: 4,
+                value: 100,
+                in_memory: true,
+            },
+            servers: (1..4).map(|port| ([127, 0, 0, 1], port).into()).collect(),
+            warm_up: 0.0,
+            duration: 0.1,
+        };
+        let (opened, _window) = mpsc::channel();
+        run(&order, opened).unwrap();
+        let mut operations = 0;
+        for tally in TALLIES.lock().unwrap().iter() {
+            let tally = tally.lock().unwrap();
+            assert_eq!((tally.errors, &tally.first_error), (0, &None));
+            operations += tally.operations;
+        }
+        assert!(operations > 0);
+    }
+}

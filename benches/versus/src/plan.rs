@@ -23,7 +23,7 @@ pub struct Settings {
 const FEW: usize = 4;
 
 impl Settings {
-    /// About a quarter of an hour for all rows.
+    /// About a quarter of an hour and a minute for all rows.
     pub const FULL: Self = Self {
         quick: false,
         rounds: 5,
@@ -265,6 +265,19 @@ mod tests {
             "{}",
             minutes(&Settings::QUICK)
         );
+    }
+
+    #[test]
+    fn what_is_measured_in_memory_has_no_socket_and_nothing_to_choose() {
+        let row = row("in memory");
+        for entry in &row.entries {
+            assert!(!entry.contender.is_peer() && !entry.contender.is_raw());
+            let cells = row.candidates(*entry, false);
+            let [cell] = cells[..] else {
+                panic!("{cells:?}");
+            };
+            assert!(cell.in_memory && cell.runtime == Some(Runtime::Single));
+        }
     }
 
     #[test]
