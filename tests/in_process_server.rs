@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tower_memcached::testing::{Admission, Dialect, Server};
 
@@ -151,6 +151,26 @@ async fn every_second_reply_is_late() {
         late.push(asked.elapsed() >= Duration::from_secs(1));
     }
     assert_eq!(late, [false, true, false, true, false, true]);
+}
+
+#[tokio::test]
+async fn while_it_refuses_nobody_else_gets_its_port() {
+    for admission in [Admission::Serve, Admission::Refuse] {
+        let server = Server::new();
+        server
+            .set_admission(admission)
+            .expect("it listens nowhere yet");
+        // Without connections, which would keep the port as well.
+        let address = server.listen().await.expect("a free port");
+        server.refuse();
+        let taken = TcpSocket::new_v4().and_then(|socket| socket.bind(address));
+        assert_eq!(
+            taken.map_err(|error| error.kind()),
+            Err(ErrorKind::AddrInUse)
+        );
+        server.accept().expect("the port is kept");
+        ask(&mut connect(&server).await, b"version\r\n", VERSION).await;
+    }
 }
 
 #[tokio::test]

@@ -101,8 +101,28 @@ mod memcached;
 mod proxy;
 mod server;
 
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::net::TcpSocket;
+
 pub use self::memcached::{Memcached, MemcachedBuilder, NotInstalled};
 pub use self::proxy::{Ending, Flow, Proxy, Toxics};
 #[doc(hidden)]
 pub use self::server::fuzz_server_parser;
 pub use self::server::{Admission, Dialect, Server, ServerBuilder};
+
+/// Connections that the kernel keeps until they are accepted, as tokio has it.
+const BACKLOG: u32 = 1_024;
+
+/// A socket for `address` that does not listen yet. Nobody else gets its port.
+fn reserve(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // There may be connections of a listener that was here before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}

@@ -24,9 +24,7 @@ use tokio::sync::watch;
 use self::pump::Pump;
 use self::toxics::Gate;
 pub use self::toxics::{Ending, Flow, Toxics};
-
-/// Connections that the kernel keeps until they are accepted, as tokio has it.
-const BACKLOG: u32 = 1_024;
+use super::{BACKLOG, reserve};
 
 /// A TCP proxy on a port of 127.0.0.1 that makes the network between a client and a server misbehave.
 ///
@@ -132,7 +130,7 @@ impl Proxy {
         if matches!(*port, Port::Listening(_)) {
             // Closed before its port is bound again.
             *port = Port::Closed;
-            if let Ok(socket) = bind(self.address) {
+            if let Ok(socket) = reserve(self.address) {
                 *port = Port::Reserved(socket);
             }
         }
@@ -152,7 +150,7 @@ impl Proxy {
     pub fn accept(&self) -> io::Result<()> {
         let mut port = self.shared.port();
         let socket = match std::mem::replace(&mut *port, Port::Closed) {
-            Port::Closed => Some(bind(self.address)?),
+            Port::Closed => Some(reserve(self.address)?),
             Port::Reserved(socket) => Some(socket),
             listening @ Port::Listening(_) => {
                 *port = listening;
@@ -450,15 +448,6 @@ async fn end(ending: Ending, mut stream: TcpStream) {
         // Dropping it alone would send RST if there is something unread.
         Ending::Close | Ending::HalfClose => stream.shutdown().await,
     };
-}
-
-/// A socket for `address` that does not listen yet.
-fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = TcpSocket::new_v4()?;
-    // There may be connections of the listener before.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    Ok(socket)
 }
 
 fn sum(counters: &[AtomicU64]) -> u64 {

@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
@@ -172,11 +172,13 @@ impl Server {
             *port = Port {
                 place: Some(place),
                 runtime: Some(Handle::current()),
-                // Whoever refuses connections before the server listens wants them refused afterwards.
-                listener: (shared.faults.borrow().admission != Admission::Refuse)
-                    .then_some(listener),
-                waker: None,
+                listener: Some(listener),
+                ..Port::default()
             };
+            // Whoever refuses connections before the server listens wants them refused afterwards.
+            if shared.faults.borrow().admission == Admission::Refuse {
+                port.refuse();
+            }
         }
         tokio::spawn(accept_connections(Arc::clone(shared)));
         Ok(())
@@ -255,16 +257,14 @@ impl Server {
             .send_modify(|faults| faults.delay = delay);
     }
 
-    /// Stops listening, so that connects fail with `ECONNREFUSED`, and closes the open connections. The file of a Unix
-    /// socket stays.
+    /// Stops listening, so that connects fail with `ECONNREFUSED`, and closes the open connections. The port is kept, so
+    /// that nobody else gets it, and the file of a Unix socket stays.
     pub fn refuse(&self) {
         self.handle
             .shared
             .faults
             .send_modify(|faults| faults.admission = Admission::Refuse);
-        let mut port = lock(&self.handle.shared.port);
-        port.listener = None;
-        drop(port);
+        lock(&self.handle.shared.port).refuse();
         self.signal(&Signal::Close);
     }
 
@@ -289,19 +289,20 @@ impl Server {
             return Ok(());
         }
         let shared = &self.handle.shared;
-        let mut port = lock(&shared.port);
+        let mut locked = lock(&shared.port);
+        let port = &mut *locked;
         if let (Some(place), Some(runtime), None) = (&port.place, &port.runtime, &port.listener)
             && !shared.faults.borrow().shut_down
         {
             let context = runtime.enter();
-            let listener = place.listen_again()?;
+            let listener = place.listen_again(port.reserved.take())?;
             drop(context);
             port.listener = Some(listener);
             if let Some(waker) = port.waker.take() {
                 waker.wake();
             }
         }
-        drop(port);
+        drop(locked);
         shared
             .faults
             .send_modify(|faults| faults.admission = admission);
@@ -598,8 +599,18 @@ struct Port {
     place: Option<Place>,
     runtime: Option<Handle>,
     listener: Option<Listener>,
+    /// In its place while connections are refused: bound, and not listening.
+    reserved: Option<TcpSocket>,
     /// The accepting task's.
     waker: Option<Waker>,
+}
+
+impl Port {
+    fn refuse(&mut self) {
+        if self.listener.take().is_some() {
+            self.reserved = self.place.as_ref().and_then(Place::reserve);
+        }
+    }
 }
 
 /// A connection's place among the open ones.
@@ -658,7 +669,7 @@ impl Shared {
         let first = |faults: &mut Faults| !std::mem::replace(&mut faults.shut_down, true);
         let first = self.faults.send_if_modified(first);
         let mut port = lock(&self.port);
-        port.listener = None;
+        (port.listener, port.reserved) = (None, None);
         // Only once: somebody else may listen there by then.
         if let (true, Some(place)) = (first, &port.place) {
             place.remove();

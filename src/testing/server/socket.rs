@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::task::{Context, Poll};
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+
+use crate::testing::{BACKLOG, reserve};
 
 /// An address that a server listens on, also while it refuses connections.
 #[derive(Clone, Debug)]
@@ -25,13 +27,21 @@ pub(super) enum Accepted {
 }
 
 impl Place {
+    /// Keeps it while nobody listens here.
+    pub(super) fn reserve(&self) -> Option<TcpSocket> {
+        match self {
+            // Failing that, it is tried again when it is to listen.
+            Self::Tcp(address) => reserve(*address).ok(),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Listens here again, on the current runtime.
-    pub(super) fn listen_again(&self) -> io::Result<Listener> {
+    pub(super) fn listen_again(&self, reserved: Option<TcpSocket>) -> io::Result<Listener> {
         match self {
             Self::Tcp(address) => {
-                let listener = std::net::TcpListener::bind(address)?;
-                listener.set_nonblocking(true)?;
-                Ok(Listener::Tcp(TcpListener::from_std(listener)?))
+                let socket = reserved.map_or_else(|| reserve(*address), Ok)?;
+                Ok(Listener::Tcp(socket.listen(BACKLOG)?))
             }
             Self::Unix(path) => {
                 // The file outlives whoever listened on it, and nobody can listen on it once more.
